@@ -1,0 +1,247 @@
+package checkpoint
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+)
+
+// Format is the version of the checkpoint row that this release writes. A row
+// of a newer format is refused, never guessed at.
+const Format = 1
+
+var (
+	// ErrNone says that the slot has no checkpoint row.
+	ErrNone = errors.New("no checkpoint row")
+	// ErrSuperseded says that another relay, or a newer connection of this one,
+	// has claimed the checkpoint. Who gets it must stop publishing and recording.
+	ErrSuperseded = errors.New("the checkpoint was claimed by another relay")
+	// ErrNotReplicated says that a commit is only local: Postgres gave up
+	// waiting for its synchronous standby. Whether it lasts is unknown.
+	ErrNotReplicated = errors.New("commit not acknowledged by the synchronous standby")
+)
+
+// Phase tells how far a slot's life has come.
+type Phase string
+
+const (
+	Creating  Phase = "creating"  // the row is written, the slot may not exist yet
+	Streaming Phase = "streaming" // the slot exists and events flow from it
+)
+
+// Checkpoint is the durable state of one slot: a row in Postgres, in the
+// database that the events come from, so that it is restored, rolled back and
+// failed over together with them.
+type Checkpoint struct {
+	Phase         Phase
+	SystemID      string // of the Postgres cluster, by IDENTIFY_SYSTEM
+	Timeline      int32
+	Position      Position      // every event up to it is stored or parked
+	Confirmed     pglogrepl.LSN // the highest LSN ever confirmed to the slot
+	Stream        string
+	StreamCreated time.Time // microseconds
+	Sequence      uint64    // the stream's sequence at exactly Position
+	MessageID     string    // of the message at Sequence; empty where it was not ours
+	Bound         int       // how many events may be stored and not recorded; 0 after a clean stop
+	Foreign       bool      // a message that is not ours was seen in the stream
+	Publication   string    // fingerprint of the publication; empty: to be taken anew
+}
+
+// Store reads and writes the checkpoint of one slot. It uses, and does not own,
+// a connection with synchronous_commit on. Not safe for concurrent use.
+type Store struct {
+	conn  *pgx.Conn
+	table string // quoted
+	slot  string
+	epoch int64 // ours, once claimed
+
+	notReplicated bool
+}
+
+// NewStore returns the store of slot's row in schema.outbox_relay_checkpoints.
+func NewStore(conn *pgx.Conn, schema, slot string) *Store {
+	s := &Store{
+		conn:  conn,
+		table: pgx.Identifier{schema, "outbox_relay_checkpoints"}.Sanitize(),
+		slot:  slot,
+	}
+	return s
+}
+
+const columns = `format, phase, system_identifier, timeline, commit_lsn::text, ordinal, confirmed_lsn::text,
+	stream, stream_created_at, stream_sequence, coalesce(message_id, ''), unrecorded_bound, foreign_seen,
+	coalesce(publication_state, '')`
+
+// Create writes the row of a slot that does not exist yet. It does nothing
+// where the row is there already.
+func (s *Store) Create(ctx context.Context, c Checkpoint) error {
+	_, err := s.conn.Exec(ctx, `insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
+			commit_lsn, ordinal, confirmed_lsn, stream, stream_created_at, stream_sequence, unrecorded_bound)
+		values (@slot, @format, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0)
+		on conflict (slot) do nothing`,
+		pgx.NamedArgs{"slot": s.slot, "format": Format, "system": c.SystemID, "timeline": c.Timeline,
+			"stream": c.Stream, "created": c.StreamCreated, "sequence": c.Sequence})
+	if err != nil {
+		return fmt.Errorf("create checkpoint of slot %s: %w", s.slot, err)
+	}
+	return nil
+}
+
+// Read returns the checkpoint, or ErrNone.
+func (s *Store) Read(ctx context.Context) (Checkpoint, error) {
+	c, _, err := scan(s.conn.QueryRow(ctx, `select epoch, `+columns+` from `+s.table+` where slot = $1`, s.slot))
+	return c, s.explain("read", err)
+}
+
+// Claim takes a new epoch and returns the checkpoint as it stood, in one
+// statement: from here on no older connection can move it. To be called after
+// START_REPLICATION was accepted, so that two relays never claim in turn.
+func (s *Store) Claim(ctx context.Context) (Checkpoint, error) {
+	c, epoch, err := scan(s.conn.QueryRow(ctx,
+		`update `+s.table+` set epoch = epoch + 1 where slot = $1 returning epoch, `+columns, s.slot))
+	s.epoch = epoch
+	return c, s.explain("claim", err)
+}
+
+// Begin records that the relay starts to publish behind the claimed
+// checkpoint: where the slot starts, what the publication looks like, and how
+// many events may from now on be stored without being recorded.
+func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
+	tag, err := s.conn.Exec(ctx, `update `+s.table+` set phase = 'streaming', format = @format,
+			timeline = @timeline, commit_lsn = @commit::pg_lsn, ordinal = @ordinal, confirmed_lsn = @confirmed::pg_lsn,
+			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign, publication_state = @publication,
+			updated_at = now()
+		where slot = @slot and epoch = @epoch`,
+		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "format": Format, "timeline": c.Timeline,
+			"commit": c.Position.Commit.String(), "ordinal": c.Position.Ordinal, "confirmed": c.Confirmed.String(),
+			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication})
+	if err == nil && tag.RowsAffected() == 0 {
+		err = ErrSuperseded
+	}
+	return s.explain("begin", err)
+}
+
+// Settle records that nothing is stored beyond the checkpoint: a clean stop. A
+// message that is gone by the next start was then not ours.
+func (s *Store) Settle(ctx context.Context) error {
+	tag, err := s.conn.Exec(ctx, `update `+s.table+` set unrecorded_bound = 0 where slot = $1 and epoch = $2`,
+		s.slot, s.epoch)
+	if err == nil && tag.RowsAffected() == 0 {
+		err = ErrSuperseded
+	}
+	return s.explain("settle", err)
+}
+
+// NoteForeign records that a message which is not ours was seen in the stream.
+func (s *Store) NoteForeign(ctx context.Context) error {
+	tag, err := s.conn.Exec(ctx, `update `+s.table+` set foreign_seen = true where slot = $1 and epoch = $2`,
+		s.slot, s.epoch)
+	if err == nil && tag.RowsAffected() == 0 {
+		err = ErrSuperseded
+	}
+	return s.explain("note a foreign message", err)
+}
+
+// Advance is one step of the checkpoint.
+type Advance struct {
+	Position  Position
+	Sequence  uint64
+	MessageID string // empty: unchanged
+	Confirm   pglogrepl.LSN
+}
+
+// Effects is SQL that is carried out together with an advance or not at all.
+// CTE is a list of common table expressions, each of which must depend on the
+// expression "advanced" (one row if the checkpoint moved, else none), and may
+// use the arguments @slot and @epoch beside its own. Result is a select list
+// of the values that Dest takes.
+type Effects struct {
+	CTE    string
+	Result string
+	Args   pgx.NamedArgs
+	Dest   []any
+}
+
+// Advance moves the checkpoint and applies the effects in one statement. One
+// statement holds no lock between two messages of a client: a relay that
+// freezes can't bar its successor. It returns ErrSuperseded where the epoch is
+// gone, and ErrNotReplicated where the commit may not last; after that, as
+// after any lost connection, the caller must claim and read again.
+func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
+	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": a.Position.Commit.String(),
+		"ordinal": a.Position.Ordinal, "sequence": a.Sequence, "message": a.MessageID, "confirm": a.Confirm.String()}
+	for name, value := range e.Args {
+		args[name] = value
+	}
+	query := `with advanced as (
+			update ` + s.table + ` set commit_lsn = @commit::pg_lsn, ordinal = @ordinal, stream_sequence = @sequence,
+				message_id = coalesce(nullif(@message::text, ''), message_id),
+				confirmed_lsn = greatest(confirmed_lsn, @confirm::pg_lsn), updated_at = now()
+			where slot = @slot and epoch = @epoch and (commit_lsn, ordinal) <= (@commit::pg_lsn, @ordinal::bigint)
+			returning slot)` + e.CTE + ` select (select count(*) from advanced)` + e.Result
+	var moved int
+	s.notReplicated = false
+	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&moved}, e.Dest...)...)
+	switch {
+	case err == nil && s.notReplicated:
+		err = ErrNotReplicated
+	case err == nil && moved == 0:
+		err = ErrSuperseded
+	}
+	return s.explain("advance", err)
+}
+
+// Guarded returns effects-like SQL of its own, outside an advance, that takes
+// place only under our epoch: the expression "advanced" has one row then.
+func (s *Store) Guarded(ctx context.Context, e Effects) error {
+	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch}
+	for name, value := range e.Args {
+		args[name] = value
+	}
+	query := `with advanced as (select slot from ` + s.table + ` where slot = @slot and epoch = @epoch)` +
+		e.CTE + ` select (select count(*) from advanced)` + e.Result
+	var held int
+	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&held}, e.Dest...)...)
+	if err == nil && held == 0 {
+		err = ErrSuperseded
+	}
+	return s.explain("use", err)
+}
+
+// NotReplicated is to be called for the warning that Postgres sends when a
+// commit stopped waiting for its synchronous standby.
+// Source: SyncRepWaitForLSN in src/backend/replication/syncrep.c.
+func (s *Store) NotReplicated() { s.notReplicated = true }
+
+func (s *Store) explain(verb string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, pgx.ErrNoRows):
+		return ErrNone
+	default:
+		return fmt.Errorf("%s checkpoint of slot %s: %w", verb, s.slot, err)
+	}
+}
+
+func scan(row pgx.Row) (c Checkpoint, epoch int64, err error) {
+	var commit, confirmed string
+	var format int
+	err = row.Scan(&epoch, &format, &c.Phase, &c.SystemID, &c.Timeline, &commit, &c.Position.Ordinal, &confirmed,
+		&c.Stream, &c.StreamCreated, &c.Sequence, &c.MessageID, &c.Bound, &c.Foreign, &c.Publication)
+	if err != nil {
+		return c, epoch, err
+	}
+	if format > Format {
+		return c, epoch, fmt.Errorf("its format is %d and this release knows %d: run the release that wrote it, or a newer one", format, Format)
+	}
+	if c.Position.Commit, err = pglogrepl.ParseLSN(commit); err != nil {
+		return c, epoch, err
+	}
+	c.Confirmed, err = pglogrepl.ParseLSN(confirmed)
+	return c, epoch, err
+}

@@ -1,0 +1,226 @@
+// Package decoder turns pgoutput messages (protocol version 1, text format)
+// into events of the outbox with their positions. It does no I/O.
+//
+// Format: https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
+package decoder
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pglogrepl"
+
+	"outbox-relay/outbox"
+)
+
+// Kind is what a message means to the outbox.
+type Kind uint8
+
+const (
+	Nothing Kind = iota // carries no event: another table, a type, a transaction's begin
+	Insert              // a row of the outbox: Decoder.Event
+	Commit              // the end of a transaction: Decoder.End
+)
+
+// ErrMalformed says that a message does not follow the protocol. What it
+// carried is unknown, so it can't be skipped.
+var ErrMalformed = errors.New("malformed pgoutput message")
+
+// Decoder decodes the messages of one replication session, in order. Not safe
+// for concurrent use.
+type Decoder struct {
+	// Event is the row of the last Insert. Its bytes point into the message.
+	Event outbox.Event
+	// Missing names the columns that the event's Relation did not list,
+	// because the row was written before the publication was extended.
+	Missing []string
+	// End is where the transaction of the last Commit ends in WAL: the LSN to
+	// confirm once all of it is done.
+	End pglogrepl.LSN
+
+	table     uint32 // OID of the outbox table (of its root, where partitioned)
+	columns   outbox.Columns
+	relations map[uint32]*relation
+	open      bool // between Begin and Commit
+	ordinal   uint64
+
+	beginMsg  pglogrepl.BeginMessage // here, so that a transaction costs no allocation
+	commitMsg pglogrepl.CommitMessage
+}
+
+// relation tells where each column of a tuple goes; nil: not wanted.
+type relation struct {
+	slots   []*[]byte
+	missing []string
+	fields  []outbox.Field // of the columns that it does not list: NULL
+}
+
+// New returns a decoder for the events of the table with that OID.
+func New(table uint32, columns outbox.Columns) *Decoder {
+	return &Decoder{table: table, columns: columns, relations: map[uint32]*relation{}}
+}
+
+// InTransaction reports whether a transaction is open: a keepalive that comes
+// then says nothing about what is done.
+func (d *Decoder) InTransaction() bool { return d.open }
+
+// Decode decodes one message. data must stay unchanged as long as Event is
+// used. Any error is final: the session can't go on past it.
+func (d *Decoder) Decode(data []byte) (Kind, error) {
+	if len(data) == 0 {
+		return Nothing, fmt.Errorf("%w: empty", ErrMalformed)
+	}
+	switch data[0] {
+	case 'I':
+		return d.insert(data[1:])
+	case 'B':
+		return Nothing, d.begin(data)
+	case 'C':
+		return Commit, d.commit(data)
+	case 'R':
+		return Nothing, d.relation(data)
+	case 'O', 'Y', 'M', 'U', 'D', 'T':
+		// Origin, type, logical message, and the changes of a publication
+		// that once published more than inserts: none inserts an event.
+		return Nothing, nil
+	default:
+		return Nothing, fmt.Errorf("%w: unknown kind %q", ErrMalformed, data[0])
+	}
+}
+
+func (d *Decoder) begin(data []byte) error {
+	begin := &d.beginMsg
+	if err := parse(data, begin); err != nil {
+		return err
+	}
+	if d.open {
+		return fmt.Errorf("%w: Begin inside a transaction", ErrMalformed)
+	}
+	d.open, d.ordinal = true, 0
+	d.Event.Position.Commit = begin.FinalLSN
+	d.Event.XID = begin.Xid
+	d.Event.Commit = begin.CommitTime
+	return nil
+}
+
+func (d *Decoder) commit(data []byte) error {
+	commit := &d.commitMsg
+	if err := parse(data, commit); err != nil {
+		return err
+	}
+	if !d.open || commit.CommitLSN != d.Event.Position.Commit {
+		return fmt.Errorf("%w: Commit at %s does not end the open transaction", ErrMalformed, commit.CommitLSN)
+	}
+	d.open = false
+	d.End = commit.TransactionEndLSN
+	return nil
+}
+
+func (d *Decoder) relation(data []byte) error {
+	var msg pglogrepl.RelationMessage
+	if err := parse(data, &msg); err != nil {
+		return err
+	}
+	if msg.RelationID != d.table {
+		delete(d.relations, msg.RelationID)
+		return nil
+	}
+	rel := &relation{slots: make([]*[]byte, len(msg.Columns))}
+	for _, field := range d.columns.Fields(&d.Event) {
+		if !rel.bind(msg.Columns, field) {
+			rel.missing = append(rel.missing, field.Name)
+			rel.fields = append(rel.fields, field)
+		}
+	}
+	d.relations[msg.RelationID] = rel
+	return nil
+}
+
+func (r *relation) bind(columns []*pglogrepl.RelationMessageColumn, field outbox.Field) bool {
+	for i, column := range columns {
+		if column.Name == field.Name {
+			r.slots[i] = field.Value
+			return true
+		}
+	}
+	return false
+}
+
+// insert walks the tuple in place: pglogrepl.Parse would cost 29 allocations.
+func (d *Decoder) insert(data []byte) (Kind, error) {
+	if len(data) < 7 || data[4] != 'N' {
+		return Nothing, fmt.Errorf("%w: short Insert", ErrMalformed)
+	}
+	if !d.open {
+		return Nothing, fmt.Errorf("%w: Insert outside a transaction", ErrMalformed)
+	}
+	oid := binary.BigEndian.Uint32(data)
+	if oid != d.table {
+		return Nothing, nil
+	}
+	rel := d.relations[oid]
+	if rel == nil {
+		return Nothing, fmt.Errorf("%w: Insert before the Relation of table %d", ErrMalformed, oid)
+	}
+	for _, field := range rel.fields {
+		*field.Value = nil
+	}
+	if err := rel.tuple(data[5:]); err != nil {
+		return Nothing, err
+	}
+	d.Missing = rel.missing
+	d.ordinal++
+	d.Event.Position.Ordinal = d.ordinal
+	return Insert, nil
+}
+
+// tuple puts each wanted column of TupleData into its place.
+func (r *relation) tuple(data []byte) error {
+	if n := int(binary.BigEndian.Uint16(data)); n != len(r.slots) {
+		return fmt.Errorf("%w: tuple of %d columns, relation of %d", ErrMalformed, n, len(r.slots))
+	}
+	data = data[2:]
+	for i, slot := range r.slots {
+		if len(data) == 0 {
+			return fmt.Errorf("%w: tuple ends at column %d", ErrMalformed, i)
+		}
+		var value []byte
+		switch kind := data[0]; kind {
+		case 'n':
+			data = data[1:]
+		case 't':
+			if len(data) < 5 {
+				return fmt.Errorf("%w: tuple ends in column %d", ErrMalformed, i)
+			}
+			end := 5 + uint64(binary.BigEndian.Uint32(data[1:]))
+			if end > uint64(len(data)) {
+				return fmt.Errorf("%w: column %d is longer than its message", ErrMalformed, i)
+			}
+			value, data = data[5:end:end], data[end:]
+		default: // 'u' can't be in an insert, 'b' was not asked for
+			return fmt.Errorf("%w: column %d of kind %q", ErrMalformed, i, kind)
+		}
+		if slot != nil {
+			*slot = value
+		}
+	}
+	if len(data) != 0 {
+		return fmt.Errorf("%w: %d bytes behind the tuple", ErrMalformed, len(data))
+	}
+	return nil
+}
+
+// parse decodes a rare message by pglogrepl, which can panic on a truncated
+// one (it indexes before it checks in RelationMessage.Decode).
+func parse(data []byte, msg pglogrepl.MessageDecoder) (err error) {
+	defer func() {
+		if recover() != nil {
+			err = fmt.Errorf("%w: truncated %q", ErrMalformed, data[0])
+		}
+	}()
+	if err := msg.Decode(data[1:]); err != nil {
+		return fmt.Errorf("%w: %w", ErrMalformed, err)
+	}
+	return nil
+}

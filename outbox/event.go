@@ -1,0 +1,106 @@
+// Package outbox knows the outbox table: the event that a row is, and all SQL
+// on the table and its publication.
+package outbox
+
+import (
+	"time"
+
+	"outbox-relay/checkpoint"
+)
+
+// Event is one inserted row. Its byte slices are the text that Postgres sent,
+// nil for NULL; who hands an event on says how long they are valid.
+type Event struct {
+	Position checkpoint.Position
+	XID      uint32    // of the inserting transaction
+	Commit   time.Time // when it committed, by Postgres's clock
+
+	ID            []byte
+	Version       []byte
+	AggregateType []byte
+	AggregateID   []byte
+	EventType     []byte
+	Payload       []byte // jsonb as text, verbatim
+	Headers       []byte // a JSON object of strings
+	Status        []byte
+	CreatedAt     []byte   // timestamptz as text: ISO, UTC
+	Extra         [][]byte // further columns that the subject names, in Columns.Extra's order
+}
+
+// Columns says which columns of the table make an event.
+type Columns struct {
+	Extra []string // beyond the fields of Event: what the subject names
+}
+
+// Field is a column and where its value goes.
+type Field struct {
+	Name     string
+	Value    *[]byte
+	Required bool // the table must have it
+}
+
+// Fields binds the columns to the event's fields. e.Extra is made if needed.
+func (c Columns) Fields(e *Event) []Field {
+	if len(e.Extra) != len(c.Extra) {
+		e.Extra = make([][]byte, len(c.Extra))
+	}
+	fields := []Field{
+		{"id", &e.ID, true},
+		{"version", &e.Version, true},
+		{"aggregate_type", &e.AggregateType, true},
+		{"aggregate_id", &e.AggregateID, false},
+		{"event_type", &e.EventType, true},
+		{"payload", &e.Payload, true},
+		{"headers", &e.Headers, false},
+		{"status", &e.Status, true},
+		{"created_at", &e.CreatedAt, true},
+	}
+	for i, name := range c.Extra {
+		fields = append(fields, Field{name, &e.Extra[i], true})
+	}
+	return fields
+}
+
+// Size returns the bytes of the event's values.
+func (e *Event) Size() int {
+	n := len(e.ID) + len(e.Version) + len(e.AggregateType) + len(e.AggregateID) + len(e.EventType) +
+		len(e.Payload) + len(e.Headers) + len(e.Status) + len(e.CreatedAt)
+	for _, v := range e.Extra {
+		n += len(v)
+	}
+	return n
+}
+
+// CopyTo copies the event into dst, its values into buf, which is grown as
+// needed and returned. dst is valid as long as buf is not used again.
+func (e *Event) CopyTo(dst *Event, buf []byte) []byte {
+	if need := e.Size(); cap(buf) < need {
+		buf = make([]byte, 0, need)
+	}
+	buf = buf[:0]
+	extra := dst.Extra
+	*dst = *e
+	if len(extra) != len(e.Extra) {
+		extra = make([][]byte, len(e.Extra))
+	}
+	dst.Extra = extra
+	for _, v := range [...]*[]byte{&dst.ID, &dst.Version, &dst.AggregateType, &dst.AggregateID, &dst.EventType,
+		&dst.Payload, &dst.Headers, &dst.Status, &dst.CreatedAt} {
+		*v, buf = keep(buf, *v)
+	}
+	for i, v := range e.Extra {
+		dst.Extra[i], buf = keep(buf, v)
+	}
+	return buf
+}
+
+// keep appends v to buf and returns the copy; NULL stays NULL. buf must have
+// room, since earlier copies point into it.
+func keep(buf, v []byte) (kept, grown []byte) {
+	if v == nil {
+		return nil, buf
+	}
+	start := len(buf)
+	buf = append(buf, v...)
+	return buf[start:len(buf):len(buf)], buf
+}

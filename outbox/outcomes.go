@@ -1,0 +1,161 @@
+package outbox
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/checkpoint"
+)
+
+// Rejected is an event that can never be stored, and why. The event is a copy:
+// it is kept whole where its row is gone.
+type Rejected struct {
+	Event  Event
+	Reason string
+}
+
+// Recorded counts what recording a batch did.
+type Recorded struct {
+	Published       int // rows marked or deleted
+	PublishedLocked int // rows that the application holds locked: written later, from the leftovers
+	Failed          int // rows marked as failed
+	FailedLocked    int
+	Kept            int // rejected events whose row is gone: kept whole in the leftovers
+	sent            int
+}
+
+// Locked counts the rows whose outcome became a leftover.
+func (r Recorded) Locked() int { return r.PublishedLocked + r.FailedLocked }
+
+// Answered counts the published rows that the application had deleted or
+// changed before they were recorded.
+func (r Recorded) Answered() int { return r.sent - r.Published - r.PublishedLocked }
+
+// Outcomes returns the SQL that records what became of the events of a batch,
+// to be carried out together with the checkpoint. It tells apart, in one
+// statement, rows that are free, that the application holds locked (the outcome
+// becomes a leftover), and that are gone or no longer pending (an answer). All
+// rows must be visible: see Snapshot. SKIP LOCKED, so that no batch deadlocks
+// with the application.
+func (t Table) Outcomes(items []checkpoint.Item, r *Recorded) (checkpoint.Effects, error) {
+	var published, failed, reasons, events []string
+	for _, item := range items {
+		switch {
+		case item.Outcome == checkpoint.Parked:
+			rejected := item.Detail.(*Rejected)
+			whole, err := rejected.Event.whole(t.Columns)
+			if err != nil {
+				return checkpoint.Effects{}, err
+			}
+			failed = append(failed, string(item.ID))
+			reasons = append(reasons, rejected.Reason)
+			events = append(events, whole)
+		case t.Mode != Keep:
+			published = append(published, string(item.ID))
+		}
+	}
+	effects := checkpoint.Effects{Args: pgx.NamedArgs{}}
+	if len(published) > 0 {
+		t.recordPublished(&effects, published, r)
+	}
+	if len(failed) > 0 {
+		t.recordFailed(&effects, failed, reasons, events, r)
+	}
+	return effects, nil
+}
+
+func (t Table) recordPublished(e *checkpoint.Effects, ids []string, r *Recorded) {
+	e.Args["published"] = ids
+	e.CTE += fmt.Sprintf(`,
+		sent as materialized (select unnest(@published::text[]) as id from advanced),
+		seen as (select e.id, e.status from %[1]s e join sent on sent.id = e.id),
+		free as materialized (select e.id from %[1]s e join sent on sent.id = e.id where e.status = 'pending'
+			for no key update of e skip locked),
+		written as (%[2]s returning 1),
+		locked as (insert into %[3]s (slot, id, outcome)
+			select @slot, s.id, 'published' from seen s left join free f on f.id = s.id
+			where s.status = 'pending' and f.id is null
+			on conflict (slot, id) do nothing returning 1)`, t, t.published("free"), t.leftovers())
+	e.Result += `, (select count(*) from written), (select count(*) from locked)`
+	e.Dest = append(e.Dest, &r.Published, &r.PublishedLocked)
+	r.sent = len(ids)
+}
+
+// published writes the outcome of the rows whose ids stand in source.
+func (t Table) published(source string) string {
+	if t.Mode == Delete {
+		return fmt.Sprintf(`delete from %s e using %s f where e.id = f.id`, t, source)
+	}
+	return fmt.Sprintf(`update %s e set status = 'published', published_at = now() from %s f where e.id = f.id`, t, source)
+}
+
+func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string, r *Recorded) {
+	e.Args["failed"], e.Args["reasons"], e.Args["events"] = ids, reasons, events
+	e.CTE += fmt.Sprintf(`,
+		bad as materialized (select u.* from advanced, unnest(@failed::text[], @reasons::text[], @events::text[]) as u(id, reason, event)),
+		badseen as (select e.id, e.status from %[1]s e join bad on bad.id = e.id),
+		badfree as materialized (select e.id, bad.reason from %[1]s e join bad on bad.id = e.id where e.status = 'pending'
+			for no key update of e skip locked),
+		parked as (%[2]s returning 1),
+		badlocked as (insert into %[3]s (slot, id, outcome, reason)
+			select @slot, b.id, 'failed', b.reason from bad b join badseen s on s.id = b.id left join badfree f on f.id = b.id
+			where s.status = 'pending' and f.id is null
+			on conflict (slot, id) do nothing returning 1),
+		orphans as (insert into %[3]s (slot, id, outcome, reason, event)
+			select @slot, b.id, 'failed', b.reason, b.event::jsonb from bad b
+			where not exists (select from badseen s where s.id = b.id)
+			on conflict (slot, id) do nothing returning 1)`, t, t.failed("badfree"), t.leftovers())
+	e.Result += `, (select count(*) from parked), (select count(*) from badlocked), (select count(*) from orphans)`
+	e.Dest = append(e.Dest, &r.Failed, &r.FailedLocked, &r.Kept)
+}
+
+func (t Table) failed(source string) string {
+	return fmt.Sprintf(`update %s e set status = 'failed', failed_at = now(), failed_attempts = e.failed_attempts + 1,
+		failed_reasons = array_append(e.failed_reasons, f.reason) from %s f where e.id = f.id`, t, source)
+}
+
+// Leftovers returns the SQL that writes the outcomes of rows that were locked,
+// as far as they are free by now, and counts those that still wait.
+func (t Table) Leftovers(waiting *int) checkpoint.Effects {
+	return checkpoint.Effects{
+		Args: pgx.NamedArgs{},
+		CTE: fmt.Sprintf(`,
+		due as materialized (select l.id, l.outcome, l.reason from %[3]s l, advanced
+			where l.slot = @slot and l.event is null order by l.id limit 1000),
+		seen as (select e.id, e.status from %[1]s e join due on due.id = e.id),
+		free as materialized (select e.id, due.outcome, due.reason from %[1]s e join due on due.id = e.id
+			where e.status = 'pending' for no key update of e skip locked),
+		sent as (select id from free where outcome = 'published'),
+		bad as (select id, reason from free where outcome = 'failed'),
+		written as (%[2]s returning 1),
+		parked as (%[4]s returning 1),
+		settled as (delete from %[3]s l using due where l.slot = @slot and l.id = due.id
+			and not exists (select from seen s left join free f on f.id = s.id
+				where s.id = l.id and s.status = 'pending' and f.id is null)
+			returning 1)`, t, t.published("sent"), t.leftovers(), t.failed("bad")),
+		Result: fmt.Sprintf(`, (select count(*) from %s where slot = @slot and event is null) - (select count(*) from settled)`, t.leftovers()),
+		Dest:   []any{waiting},
+	}
+}
+
+// whole returns the event as a JSON object of its columns. What is not valid
+// UTF-8 or JSON can't come from Postgres.
+func (e *Event) whole(columns Columns) (string, error) {
+	object := map[string]any{"commit_lsn": e.Position.Commit.String(), "ordinal": e.Position.Ordinal}
+	for _, field := range columns.Fields(e) {
+		switch value := *field.Value; {
+		case value == nil:
+		case field.Name == "payload" || field.Name == "headers":
+			object[field.Name] = json.RawMessage(value)
+		default:
+			object[field.Name] = string(value)
+		}
+	}
+	whole, err := json.Marshal(object)
+	if err != nil {
+		return "", fmt.Errorf("keep event %s whole: %w", e.ID, err)
+	}
+	return string(whole), nil
+}

@@ -1,0 +1,139 @@
+// Package replication owns the replication connection to Postgres: the slot,
+// the session that reads from it, and the feedback that lets it move on.
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+)
+
+// senderTimeout is how long Postgres keeps a slot for a relay that fell
+// silent: a successor of a frozen relay waits that long. Status goes out
+// at three times the pace.
+const senderTimeout = 10 * time.Second
+
+// SQLSTATEs that decide what to do.
+// Source: src/backend/utils/errcodes.txt.
+const (
+	objectInUse         = "55006" // the slot is another relay's
+	undefinedObject     = "42704"
+	duplicateObject     = "42710"
+	configurationLimits = "53400" // all replication slots are in use
+	insufficientRights  = "42501"
+)
+
+// ErrSlotInUse says that another relay reads from the slot.
+var ErrSlotInUse = errors.New("the slot is in use")
+
+// Conn is a replication connection before it streams. It has one owner.
+type Conn struct {
+	pg *pgconn.PgConn
+	r  *pacedReader
+}
+
+// Connect opens a replication connection to the database of config, which is
+// not changed. The session is pinned to what the decoder expects, whatever the
+// role's or the database's defaults are.
+func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
+	c := &Conn{}
+	config = config.Copy()
+	for name, value := range map[string]string{
+		"replication":         "database",
+		"application_name":    "outbox-relay",
+		"client_encoding":     "UTF8",
+		"DateStyle":           "ISO, MDY",
+		"TimeZone":            "UTC",
+		"IntervalStyle":       "postgres",
+		"extra_float_digits":  "1",
+		"statement_timeout":   "0",
+		"wal_sender_timeout":  fmt.Sprint(senderTimeout.Milliseconds()),
+		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+	} {
+		config.RuntimeParams[name] = value
+	}
+	config.DialFunc = (&net.Dialer{
+		Timeout:         10 * time.Second,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
+	}).DialContext
+	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
+		c.r = newPacedReader(r)
+		return pgproto3.NewFrontend(c.r, w)
+	}
+	pg, err := pgconn.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	c.pg = pg
+	return c, nil
+}
+
+// System is what IDENTIFY_SYSTEM tells.
+type System struct {
+	ID       string // of the cluster, the same on its standbys
+	Timeline int32
+	Database string
+}
+
+// Identify asks who the server is.
+func (c *Conn) Identify(ctx context.Context) (System, error) {
+	id, err := pglogrepl.IdentifySystem(ctx, c.pg)
+	if err != nil {
+		return System{}, fmt.Errorf("identify system: %w", err)
+	}
+	return System{ID: id.SystemID, Timeline: id.Timeline, Database: id.DBName}, nil
+}
+
+// CreateSlot creates the slot and returns its consistent point: every
+// transaction that commits after it comes out of the slot. It waits for all
+// transactions that are open anywhere in the cluster.
+func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (pglogrepl.LSN, error) {
+	options := "SNAPSHOT 'nothing'"
+	if failover {
+		options += ", FAILOVER true"
+	}
+	// pglogrepl.CreateReplicationSlot neither quotes the name nor knows the
+	// option form, which FAILOVER needs.
+	rows := c.pg.Exec(ctx, fmt.Sprintf(`CREATE_REPLICATION_SLOT %s LOGICAL pgoutput (%s)`, quote(slot), options))
+	created, err := pglogrepl.ParseCreateReplicationSlot(rows)
+	switch {
+	case hasCode(err, configurationLimits):
+		return 0, fmt.Errorf("create slot %s: all replication slots are in use: raise max_replication_slots, or drop a slot that nobody needs: %w", slot, err)
+	case hasCode(err, insufficientRights):
+		return 0, fmt.Errorf("create slot %s: the role may not replicate: ALTER ROLE … REPLICATION: %w", slot, err)
+	case err != nil:
+		return 0, fmt.Errorf("create slot %s: %w", slot, err)
+	}
+	return pglogrepl.ParseLSN(created.ConsistentPoint)
+}
+
+// Close ends the connection without confirming anything.
+func (c *Conn) Close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = c.pg.Close(ctx)
+}
+
+func quote(name string) string {
+	quoted := make([]byte, 0, len(name)+2)
+	quoted = append(quoted, '"')
+	for i := range len(name) {
+		if name[i] == '"' {
+			quoted = append(quoted, '"')
+		}
+		quoted = append(quoted, name[i])
+	}
+	return string(append(quoted, '"'))
+}
+
+func hasCode(err error, code string) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && pgErr.Code == code
+}

@@ -1,0 +1,274 @@
+package replication
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgproto3"
+)
+
+// statusInterval keeps an idle or stalled session alive; confirmInterval
+// bounds how often a moving LSN is sent.
+const (
+	statusInterval  = senderTimeout / 3
+	confirmInterval = 100 * time.Millisecond
+)
+
+var (
+	// ErrStopped says that Run ended because its context did.
+	ErrStopped = errors.New("session stopped")
+	// ErrPublication says that the server cannot apply the publication: it
+	// passes over events while it goes on streaming.
+	ErrPublication = errors.New("the publication is not usable")
+)
+
+// Handler takes what the walsender sends, in order. Both are called from the
+// goroutine that reads; while they block, nothing is read, but status goes on
+// being sent.
+type Handler interface {
+	// Data gets one pgoutput message; data is valid until it returns.
+	Data(walStart pglogrepl.LSN, data []byte) error
+	// Keepalive gets the end of WAL that the walsender has decoded. urgent says
+	// that it wants to hear how far the reader is: it may be shutting down.
+	Keepalive(walEnd pglogrepl.LSN, urgent bool) error
+}
+
+// Session is a replication connection that streams from a slot. One goroutine
+// reads, one writes; both belong to Run.
+type Session struct {
+	conn      *Conn
+	slot      string
+	confirmed atomic.Uint64 // end LSN below which everything is done; never 0, never back
+	moved     chan struct{} // confirmed has moved
+	ask       chan struct{} // send status now
+	asking    atomic.Bool   // with a request for an answer
+}
+
+// Start begins to stream from the slot's confirmed LSN, which is passed in and
+// reported until Confirm moves it on. ErrSlotInUse if another relay has it.
+func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed pglogrepl.LSN) (*Session, error) {
+	if confirmed == 0 {
+		return nil, errors.New("start replication: the slot's confirmed LSN is 0") // 0 would be taken for the write position
+	}
+	err := pglogrepl.StartReplication(ctx, c.pg, quote(slot), 0, pglogrepl.StartReplicationOptions{
+		Mode: pglogrepl.LogicalReplication,
+		PluginArgs: []string{
+			"proto_version '1'",
+			"publication_names " + literal(quote(publication)), // a list of identifiers in a literal
+			"messages 'true'",
+		},
+	})
+	switch {
+	case hasCode(err, objectInUse):
+		return nil, fmt.Errorf("start replication from slot %s: %w: %w", slot, ErrSlotInUse, err)
+	case err != nil:
+		return nil, fmt.Errorf("start replication from slot %s: %w", slot, err)
+	}
+	s := &Session{conn: c, slot: slot, moved: make(chan struct{}, 1), ask: make(chan struct{}, 1)}
+	s.confirmed.Store(uint64(confirmed))
+	return s, nil
+}
+
+// Confirm lets the slot move on to lsn. Lower values than before are ignored.
+// Safe for concurrent use.
+func (s *Session) Confirm(lsn pglogrepl.LSN) {
+	for {
+		old := s.confirmed.Load()
+		if uint64(lsn) <= old {
+			return
+		}
+		if s.confirmed.CompareAndSwap(old, uint64(lsn)) {
+			signal(s.moved)
+			return
+		}
+	}
+}
+
+// Confirmed returns the LSN that was confirmed last.
+func (s *Session) Confirmed() pglogrepl.LSN { return pglogrepl.LSN(s.confirmed.Load()) }
+
+// Ask requests a keepalive from the walsender: where it is in WAL.
+func (s *Session) Ask() {
+	s.asking.Store(true)
+	signal(s.ask)
+}
+
+// Run reads until ctx ends (ErrStopped; the session is then still open and can
+// Finish), the handler fails, or the connection does.
+func (s *Session) Run(ctx context.Context, handler Handler) error {
+	writing, stop := context.WithCancel(context.Background())
+	var writer sync.WaitGroup
+	writer.Go(func() { s.write(writing) })
+	defer writer.Wait()
+	defer stop()
+
+	// The read itself has no context: a deadline for each message would cost
+	// more than decoding it.
+	interrupt := context.AfterFunc(ctx, func() { _ = s.conn.pg.Conn().SetReadDeadline(time.Unix(1, 0)) })
+	defer interrupt()
+	err := s.read(handler)
+	if ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		return ErrStopped
+	}
+	return err
+}
+
+func (s *Session) read(handler Handler) error {
+	frontend := s.conn.pg.Frontend()
+	for {
+		msg, err := frontend.Receive()
+		if err != nil {
+			return fmt.Errorf("read from slot %s: %w", s.slot, err)
+		}
+		switch msg := msg.(type) {
+		case *pgproto3.CopyData:
+			err = s.handle(msg.Data, handler)
+		case *pgproto3.ErrorResponse:
+			err = fmt.Errorf("slot %s: %w", s.slot, pgconn.ErrorResponseToPgError(msg))
+		case *pgproto3.NoticeResponse:
+			err = s.notice(msg)
+		case *pgproto3.ParameterStatus:
+		case *pgproto3.CopyDone:
+			err = fmt.Errorf("slot %s: the server ended the stream", s.slot)
+		default:
+			err = fmt.Errorf("slot %s: unexpected message %T", s.slot, msg)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// handle takes one CopyData: 'w' is XLogData (start, end, time, then the
+// message), 'k' a keepalive.
+// Source: https://www.postgresql.org/docs/current/protocol-replication.html
+func (s *Session) handle(data []byte, handler Handler) error {
+	switch {
+	case len(data) >= 25 && data[0] == pglogrepl.XLogDataByteID:
+		start := pglogrepl.LSN(binary.BigEndian.Uint64(data[1:]))
+		return handler.Data(start, data[25:])
+	case len(data) > 0 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
+		keepalive, err := pglogrepl.ParsePrimaryKeepaliveMessage(data[1:])
+		if err != nil {
+			return fmt.Errorf("slot %s: %w", s.slot, err)
+		}
+		if keepalive.ReplyRequested {
+			signal(s.ask)
+		}
+		return handler.Keepalive(keepalive.ServerWALEnd, keepalive.ReplyRequested)
+	default:
+		return fmt.Errorf("slot %s: malformed replication message of %d bytes", s.slot, len(data))
+	}
+}
+
+// notice decides about a NoticeResponse inside the stream. From 18 on a
+// missing publication is only a warning of SQLSTATE 55000, and its changes are
+// passed over (tried; src/backend/replication/pgoutput/pgoutput.c,
+// LoadPublications).
+func (s *Session) notice(msg *pgproto3.NoticeResponse) error {
+	if msg.Code == "55000" {
+		return fmt.Errorf("slot %s: %w: %s", s.slot, ErrPublication, msg.Message)
+	}
+	return nil
+}
+
+// write sends status: when the confirmed LSN moved, when asked to, and often
+// enough to keep the session alive while the handler blocks.
+func (s *Session) write(ctx context.Context) {
+	alive := time.NewTicker(statusInterval)
+	defer alive.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-alive.C:
+		case <-s.ask:
+		case <-s.moved:
+			if !pause(ctx, confirmInterval) {
+				return
+			}
+		}
+		if err := s.status(s.asking.Swap(false)); err != nil {
+			return // the reader finds the connection broken, and says so
+		}
+	}
+}
+
+// status reports write = flush = apply = confirmed. What was received and not
+// confirmed is none of the server's business: it may only keep WAL for it.
+func (s *Session) status(replyRequested bool) error {
+	lsn := s.Confirmed()
+	return pglogrepl.SendStandbyStatusUpdate(context.Background(), s.conn.pg, pglogrepl.StandbyStatusUpdate{
+		WALWritePosition: lsn, WALFlushPosition: lsn, WALApplyPosition: lsn, ReplyRequested: replyRequested,
+	})
+}
+
+// Finish ends a stopped session in order: a last status, CopyDone, and the
+// server's CopyDone, behind which the slot has moved and is free.
+func (s *Session) Finish(ctx context.Context) error {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		deadline = time.Now().Add(senderTimeout)
+	}
+	if err := s.conn.pg.Conn().SetDeadline(deadline); err != nil {
+		return err
+	}
+	if err := s.status(false); err != nil {
+		return fmt.Errorf("send the last status: %w", err)
+	}
+	frontend := s.conn.pg.Frontend()
+	frontend.Send(&pgproto3.CopyDone{})
+	if err := frontend.Flush(); err != nil {
+		return fmt.Errorf("send CopyDone: %w", err)
+	}
+	for {
+		msg, err := frontend.Receive()
+		if err != nil {
+			return fmt.Errorf("wait for CopyDone: %w", err)
+		}
+		switch msg := msg.(type) {
+		case *pgproto3.ReadyForQuery:
+			return nil
+		case *pgproto3.ErrorResponse:
+			return pgconn.ErrorResponseToPgError(msg)
+		}
+	}
+}
+
+// literal quotes a string for a replication command.
+func literal(s string) string {
+	quoted := []byte{'\''}
+	for i := range len(s) {
+		if s[i] == '\'' {
+			quoted = append(quoted, '\'')
+		}
+		quoted = append(quoted, s[i])
+	}
+	return string(append(quoted, '\''))
+}
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func pause(ctx context.Context, d time.Duration) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-timer.C:
+		return true
+	}
+}

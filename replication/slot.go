@@ -1,0 +1,63 @@
+package replication
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+)
+
+// ErrNoSlot says that the slot does not exist.
+var ErrNoSlot = errors.New("no such replication slot")
+
+// Slot is a row of pg_replication_slots.
+type Slot struct {
+	Name      string
+	Plugin    string
+	Type      string // logical or physical
+	Database  string
+	Temporary bool
+	TwoPhase  bool
+	Active    bool
+	Confirmed pglogrepl.LSN // 0 where there is none
+	WALStatus string        // reserved, extended, unreserved, lost
+}
+
+// ReadSlot reads the slot's state, or ErrNoSlot.
+func ReadSlot(ctx context.Context, conn *pgx.Conn, name string) (Slot, error) {
+	s := Slot{Name: name}
+	var confirmed string
+	err := conn.QueryRow(ctx, `select coalesce(plugin, ''), slot_type, coalesce(database, ''), temporary, two_phase,
+			active, coalesce(confirmed_flush_lsn, '0/0')::text, coalesce(wal_status, '')
+		from pg_catalog.pg_replication_slots where slot_name = $1`, name).
+		Scan(&s.Plugin, &s.Type, &s.Database, &s.Temporary, &s.TwoPhase, &s.Active, &confirmed, &s.WALStatus)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return s, ErrNoSlot
+	case err != nil:
+		return s, fmt.Errorf("read slot %s: %w", name, err)
+	}
+	s.Confirmed, err = pglogrepl.ParseLSN(confirmed)
+	return s, err
+}
+
+// Check returns an error that says why a relay of this database can't use the
+// slot, and what to do.
+func (s Slot) Check(database string) error {
+	drop := fmt.Sprintf("choose another OUTBOX_SLOT, or remove it: SELECT pg_drop_replication_slot('%s')", s.Name)
+	switch {
+	case s.Type != "logical" || s.Plugin != "pgoutput":
+		return fmt.Errorf("slot %s is a %s slot of plugin %q, and the relay needs pgoutput: %s", s.Name, s.Type, s.Plugin, drop)
+	case s.Database != database:
+		return fmt.Errorf("slot %s belongs to database %q, not to %q: choose another OUTBOX_SLOT", s.Name, s.Database, database)
+	case s.Temporary:
+		return fmt.Errorf("slot %s is temporary: choose another OUTBOX_SLOT", s.Name)
+	case s.TwoPhase:
+		return fmt.Errorf("slot %s decodes prepared transactions before they commit (two_phase): %s", s.Name, drop)
+	case s.WALStatus == "lost":
+		return fmt.Errorf("slot %s is invalidated (wal_status = lost): WAL that it needs is gone, and events may be lost to it", s.Name)
+	}
+	return nil
+}

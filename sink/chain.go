@@ -1,0 +1,414 @@
+package sink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nuid"
+
+	"outbox-relay/outbox"
+)
+
+// ErrForgotten says that the stream ends before what it has acknowledged, or
+// is another one than it was.
+var ErrForgotten = errors.New("the stream has forgotten acknowledged messages")
+
+// Outcomes hears what becomes of the events of a chain.
+type Outcomes interface {
+	// Stored is called in the order of the events, and must not call the chain.
+	// sequence is 0 where the checkpoint can't stop at the event, because a
+	// foreign message let events overtake each other. e is valid until it
+	// returns; sent is when the copy that was answered left, zero where the
+	// event was found in the stream.
+	Stored(index, sequence uint64, e *outbox.Event, sent time.Time)
+	// Rejected is called when the server says that it can never store the
+	// event, with all before it stored. It returns when the event may be left
+	// behind; an error ends the chain. e is valid until it returns.
+	Rejected(ctx context.Context, index uint64, e *outbox.Event, reason string) error
+	// Foreign is called before the chain passes over messages of others.
+	Foreign(ctx context.Context, messages int) error
+	// Resync is called when the chain breaks, with why.
+	Resync(reason error)
+}
+
+// Chain publishes events so that each carries the sequence that it must follow:
+// the server refuses whatever would leave a gap, come out of order or come from
+// a second relay, with thousands of publishes in flight.
+//
+// A publish is good when its ack names our stream and the expected sequence.
+// After any other outcome the chain is broken: nothing is sent until Run has
+// learned from the stream's leader what is stored, and sent the rest again.
+//
+// One goroutine calls Publish and Drain, another one Run.
+type Chain struct {
+	client   *Client
+	log      *slog.Logger
+	stream   Stream
+	outcomes Outcomes
+	limit    int    // of a message, in bytes
+	inbox    string // prefix of the subjects that this chain's acks come on
+
+	sending chan struct{} // holds a token while messages are sent, and for the whole of a resync
+	builder *builder      // whoever has the token
+	reply   []byte        // likewise
+
+	mu         sync.Mutex
+	changed    sync.Cond
+	ring       []entry // capacity is a power of two; number n lives at n&mask
+	head, tail uint64  // numbers of the first and one past the last event in the window
+	bytes      int
+	last       uint64    // up to it the stream's messages are accounted for
+	next       uint64    // the sequence that the next message must follow
+	generation uint64    // counts how often the window was sent
+	unanswered int       // copies in the window that were sent and not answered
+	quiet      time.Time // when something was last sent, answered or reconnected
+	heard      time.Time // when something was last answered
+	foreign    bool      // messages of others were seen
+	broken     error
+	trouble    chan struct{}
+}
+
+// entry is an event in the window.
+type entry struct {
+	index    uint64 // the outcomes' name for it
+	event    outbox.Event
+	buf      []byte // what event points into
+	size     int
+	sequence uint64 // at which it must be, or is, stored
+	sent     time.Time
+	copies   int // sent and not answered
+	stored   bool
+	blurred  bool   // was overtaken, or overtook: no place for the checkpoint to stop
+	refused  string // why the server can never store it
+	twin     uint64 // sequence that a duplicate answer named
+}
+
+// keepBuffer is the largest buffer that an entry keeps for its next event.
+const keepBuffer = 16 << 10
+
+// NewChain returns a chain whose first message must follow the stream's last
+// one. foreign says that messages of others were ever seen in the stream.
+func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain {
+	ch := &Chain{
+		client: c, log: c.log, stream: stream, outcomes: outcomes,
+		limit:   int(c.nc.MaxPayload()),
+		inbox:   c.config.InboxPrefix + "." + nuid.Next() + ".",
+		sending: make(chan struct{}, 1),
+		builder: newBuilder(c.config.Message),
+		ring:    make([]entry, 64),
+		last:    stream.Last, next: stream.Last,
+		foreign: foreign,
+		trouble: make(chan struct{}, 1),
+	}
+	if stream.MaxMsgSize >= 0 {
+		ch.limit = min(ch.limit, stream.MaxMsgSize)
+	}
+	ch.changed.L = &ch.mu
+	return ch
+}
+
+// Run settles whatever goes wrong until ctx ends. Any other error is final:
+// ErrStream, ErrForgotten, *AmbiguousError, or what Outcomes returned.
+func (ch *Chain) Run(ctx context.Context) error {
+	acks, err := ch.client.nc.Subscribe(ch.inbox+">", ch.answer)
+	if err != nil {
+		return fmt.Errorf("subscribe to acks: %w", err)
+	}
+	defer func() { _ = acks.Unsubscribe() }()
+	if err := acks.SetPendingLimits(-1, -1); err != nil {
+		return fmt.Errorf("subscribe to acks: %w", err)
+	}
+	ch.client.chain.Store(ch)
+	defer ch.client.chain.CompareAndSwap(ch, nil)
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+			ch.checkSilence(time.Now())
+		case <-ch.trouble:
+			if err := ch.resync(ctx); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// Publish sends the event; its outcome comes later. It blocks while the window
+// is full or the chain is broken. A *RejectedError says that no message can
+// carry the event: nothing was sent. e is copied.
+func (ch *Chain) Publish(ctx context.Context, index uint64, e *outbox.Event) error {
+	size := e.Size()
+	for {
+		if err := ch.room(ctx, size); err != nil {
+			return err
+		}
+		if err := ch.lockSending(ctx); err != nil {
+			return err
+		}
+		sent, err := ch.publish(index, e, size)
+		<-ch.sending
+		if sent || err != nil {
+			return err
+		}
+	}
+}
+
+// publish sends the event unless the chain broke meanwhile.
+func (ch *Chain) publish(index uint64, e *outbox.Event, size int) (sent bool, err error) {
+	msg, err := ch.builder.build(e, ch.limit)
+	if err != nil {
+		return false, err
+	}
+	ch.mu.Lock()
+	if ch.broken != nil {
+		ch.mu.Unlock()
+		return false, nil
+	}
+	number := ch.append(index, e, size)
+	generation, sequence := ch.place(number, time.Now())
+	ch.mu.Unlock()
+	if err := ch.send(msg, generation, number, sequence); err != nil {
+		ch.fail(fmt.Errorf("publish to %s: %w", msg.Subject, err))
+	}
+	return true, nil
+}
+
+// Drain waits until every event has its outcome.
+func (ch *Chain) Drain(ctx context.Context) error {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	return ch.wait(ctx, func() bool { return ch.head == ch.tail })
+}
+
+// InFlight returns how many events, and bytes of them, have no outcome yet.
+func (ch *Chain) InFlight() (events, bytes int) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	return int(ch.tail - ch.head), ch.bytes
+}
+
+// Broken returns why nothing is sent at present, or nil.
+func (ch *Chain) Broken() error {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	return ch.broken
+}
+
+// room waits until an event of that size fits into the window. One event always
+// fits into an empty one.
+func (ch *Chain) room(ctx context.Context, size int) error {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	config := &ch.client.config
+	fits := func() bool {
+		n := int(ch.tail - ch.head)
+		return ch.broken == nil && (n == 0 || n < config.MaxInflight && ch.bytes+size <= config.MaxBytes)
+	}
+	if fits() {
+		return nil
+	}
+	return ch.wait(ctx, fits)
+}
+
+// wait blocks until done holds or ctx ends. ch.mu is held.
+func (ch *Chain) wait(ctx context.Context, done func() bool) error {
+	stop := context.AfterFunc(ctx, func() {
+		ch.mu.Lock()
+		defer ch.mu.Unlock()
+		ch.changed.Broadcast()
+	})
+	defer stop()
+	for !done() {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		ch.changed.Wait()
+	}
+	return nil
+}
+
+func (ch *Chain) lockSending(ctx context.Context) error {
+	select {
+	case ch.sending <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// append adds a copy of the event to the window. ch.mu is held.
+func (ch *Chain) append(index uint64, e *outbox.Event, size int) uint64 {
+	if int(ch.tail-ch.head) == len(ch.ring) {
+		ch.grow()
+	}
+	number := ch.tail
+	en := ch.at(number)
+	*en = entry{index: index, size: size, buf: en.buf, event: outbox.Event{Extra: en.event.Extra}}
+	en.buf = e.CopyTo(&en.event, en.buf)
+	ch.tail++
+	ch.bytes += size
+	return number
+}
+
+// place gives the event its place in the chain. ch.mu is held.
+func (ch *Chain) place(number uint64, now time.Time) (generation, sequence uint64) {
+	en := ch.at(number)
+	ch.next++
+	en.sequence, en.sent = ch.next, now
+	en.refused, en.twin = "", 0
+	en.copies++
+	ch.unanswered++
+	ch.quiet = now
+	return ch.generation, en.sequence
+}
+
+// send hands the message to the client, which copies it. Whoever calls it has
+// the sending token.
+func (ch *Chain) send(msg *nats.Msg, generation, number, sequence uint64) error {
+	ch.reply = appendReply(ch.reply[:0], ch.inbox, generation, number)
+	msg.Reply = view(ch.reply)
+	ch.builder.expect(sequence - 1)
+	return ch.client.nc.PublishMsg(msg)
+}
+
+// answer takes one answer to a publish.
+func (ch *Chain) answer(msg *nats.Msg) {
+	generation, number, ok := parseReply(ch.inbox, msg.Subject)
+	if !ok {
+		return
+	}
+	a, err := parseAck(msg.Data)
+	if len(msg.Data) == 0 {
+		err = nats.ErrNoResponders
+	}
+	now := time.Now()
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	if number < ch.head || number >= ch.tail {
+		return
+	}
+	en := ch.at(number)
+	if err != nil { // not an answer of the stream: the copy stays unknown
+		ch.breakWith(err)
+		return
+	}
+	if en.copies > 0 {
+		en.copies--
+		ch.unanswered--
+	}
+	ch.quiet, ch.heard = now, now
+	if generation == ch.generation {
+		ch.take(en, a)
+	}
+	ch.changed.Broadcast()
+}
+
+// take judges an answer to the latest copy of an event. ch.mu is held.
+func (ch *Chain) take(en *entry, a ack) {
+	switch {
+	case a.code != 0:
+		if a.permanent() {
+			en.refused = fmt.Sprintf("the stream refuses it: %s (JetStream error %d)", a.text, a.code)
+		}
+		ch.breakWith(fmt.Errorf("the stream refuses a message: %s (JetStream error %d)", a.text, a.code))
+	case string(a.stream) != ch.stream.Name:
+		ch.breakWith(fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name))
+	case a.sequence != en.sequence:
+		en.twin = a.sequence
+		ch.breakWith(fmt.Errorf("a message is stored at sequence %d and was expected at %d", a.sequence, en.sequence))
+	default:
+		en.stored = true
+		ch.pop()
+	}
+}
+
+// pop lets the stored events at the head go. ch.mu is held.
+func (ch *Chain) pop() {
+	for ch.head != ch.tail {
+		en := ch.at(ch.head)
+		if !en.stored {
+			return
+		}
+		ch.last = max(ch.last, en.sequence)
+		known := ch.last
+		if en.blurred {
+			known = 0
+		}
+		ch.outcomes.Stored(en.index, known, &en.event, en.sent)
+		ch.release(en)
+	}
+}
+
+// release removes the head. ch.mu is held.
+func (ch *Chain) release(en *entry) {
+	ch.unanswered -= en.copies
+	ch.bytes -= en.size
+	if cap(en.buf) > keepBuffer {
+		en.buf, en.event = nil, outbox.Event{}
+	}
+	ch.head++
+	ch.changed.Broadcast()
+}
+
+// checkSilence breaks the chain when answers are overdue.
+func (ch *Chain) checkSilence(now time.Time) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	if ch.head == ch.tail || ch.broken != nil {
+		return
+	}
+	if now.Sub(ch.at(ch.head).sent) > ackWait && now.Sub(ch.heard) > ackWait {
+		ch.breakWith(fmt.Errorf("no answer from the stream for %s", ackWait))
+	}
+}
+
+// reconnected gives copies on the old connection a moment more to land.
+func (ch *Chain) reconnected() {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	ch.quiet = time.Now()
+}
+
+func (ch *Chain) fail(err error) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	ch.breakWith(err)
+}
+
+// breakWith stops sending until a resync. ch.mu is held.
+func (ch *Chain) breakWith(err error) {
+	if ch.broken != nil {
+		return
+	}
+	ch.broken = err
+	select {
+	case ch.trouble <- struct{}{}:
+	default:
+	}
+}
+
+func (ch *Chain) at(number uint64) *entry { return &ch.ring[number&uint64(len(ch.ring)-1)] }
+
+func (ch *Chain) grow() {
+	bigger := make([]entry, 2*len(ch.ring))
+	for n := ch.head; n < ch.tail; n++ {
+		bigger[n&uint64(len(bigger)-1)] = *ch.at(n)
+	}
+	ch.ring = bigger
+}
+
+// expect sets the sequence that the message just built must follow.
+func (b *builder) expect(sequence uint64) {
+	start := len(b.scratch)
+	b.scratch = strconv.AppendUint(b.scratch, sequence, 10)
+	b.values[valueSequence] = view(b.scratch[start:])
+}

@@ -1,0 +1,204 @@
+// Package sink puts events into a JetStream stream, each exactly once and in
+// order: it sets the stream up, builds the messages, and publishes them in a
+// chain in which the server refuses whatever is not the next one.
+package sink
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+// MinServer is the oldest NATS server that the relay works with.
+const MinServer = "2.12.0"
+
+// Config says how to reach NATS and what the stream looks like.
+type Config struct {
+	Servers     string
+	Options     []nats.Option // authentication and TLS
+	Domain      string
+	InboxPrefix string
+	Stream      StreamConfig
+	Message     MessageConfig
+	MaxInflight int // messages sent and unacknowledged
+	MaxBytes    int // their bytes
+}
+
+// Client is the connection to NATS. It reconnects for ever; what was in flight
+// when it broke is settled by the chain. Safe for concurrent use.
+type Client struct {
+	config Config
+	log    *slog.Logger
+	nc     *nats.Conn
+	js     jetstream.JetStream
+	api    string // prefix of the JetStream API
+
+	chain      atomic.Pointer[Chain] // the one that runs
+	reconnects atomic.Uint64
+	denied     atomic.Pointer[string] // the last permissions violation
+}
+
+// Connect connects, waiting and retrying until ctx ends. A server that refuses
+// the credentials is an error at once, and one that is too old.
+func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, error) {
+	c := &Client{config: config, log: log}
+	if err := c.dial(ctx); err != nil {
+		return nil, err
+	}
+	if err := c.checkServer(); err != nil {
+		c.nc.Close()
+		return nil, err
+	}
+	var err error
+	c.api = "$JS.API."
+	if config.Domain != "" {
+		c.api = "$JS." + config.Domain + ".API."
+		c.js, err = jetstream.NewWithDomain(c.nc, config.Domain)
+	} else {
+		c.js, err = jetstream.New(c.nc)
+	}
+	if err != nil {
+		c.nc.Close()
+		return nil, fmt.Errorf("set up JetStream: %w", err)
+	}
+	return c, nil
+}
+
+func (c *Client) options() []nats.Option {
+	return append([]nats.Option{
+		nats.Name("outbox-relay"),
+		nats.MaxReconnects(-1),
+		nats.ReconnectWait(250 * time.Millisecond),
+		nats.ReconnectJitter(250*time.Millisecond, 500*time.Millisecond),
+		nats.ReconnectBufSize(-1), // a publish while disconnected fails: the chain sends again
+		nats.IgnoreAuthErrorAbort(),
+		nats.ReconnectOnFlusherError(),
+		nats.PingInterval(5 * time.Second),
+		nats.MaxPingsOutstanding(2),
+		nats.CustomInboxPrefix(c.config.InboxPrefix),
+		nats.SkipSubjectValidation(), // Message builds them legal
+		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			if err == nil {
+				return // closed by us
+			}
+			c.log.Warn("connection to NATS lost", "error", err)
+			if chain := c.chain.Load(); chain != nil {
+				chain.fail(fmt.Errorf("connection to NATS lost: %w", err))
+			}
+		}),
+		nats.ReconnectHandler(func(nc *nats.Conn) {
+			c.reconnects.Add(1)
+			c.log.Info("connected to NATS again", "server", nc.ConnectedUrlRedacted())
+			if chain := c.chain.Load(); chain != nil {
+				chain.reconnected()
+			}
+		}),
+		nats.ErrorHandler(c.asyncError),
+	}, c.config.Options...)
+}
+
+// asyncError hears what has no other way to be told: a publish that lacks
+// permission gets no answer, and its subject is named only here.
+func (c *Client) asyncError(_ *nats.Conn, _ *nats.Subscription, err error) {
+	if errors.Is(err, nats.ErrPermissionViolation) {
+		text := err.Error()
+		if old := c.denied.Swap(&text); old != nil && *old == text {
+			return
+		}
+		c.log.Error("NATS denies a permission", "error", err,
+			"remedy", "grant it to the relay's user: publish on the event subjects and "+c.api+">, subscribe on "+c.config.InboxPrefix+".>")
+		return
+	}
+	c.log.Warn("NATS reports an error", "error", err)
+}
+
+func (c *Client) dial(ctx context.Context) error {
+	waiting := false
+	for attempt := 0; ; attempt++ {
+		nc, err := nats.Connect(c.config.Servers, c.options()...)
+		if err == nil {
+			c.nc = nc
+			c.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())
+			return nil
+		}
+		if errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrAuthRevoked) {
+			return fmt.Errorf("connect to NATS: %w: check OUTBOX_NATS_CREDS, _NKEY, _USER and _PASSWORD, or _TOKEN", err)
+		}
+		if permanent(err) {
+			return fmt.Errorf("connect to NATS: %w", err)
+		}
+		if !waiting {
+			c.log.Warn("waiting for NATS", "error", err, "remedy", "start it, or correct OUTBOX_NATS_URL")
+			waiting = true
+		}
+		if err := pause(ctx, Backoff(attempt)); err != nil {
+			return err
+		}
+	}
+}
+
+// permanent tells configuration faults, which no waiting mends, from servers
+// that can't be reached.
+func permanent(err error) bool {
+	for _, fault := range []error{nats.ErrNoServers, nats.ErrTimeout, nats.ErrStaleConnection, nats.ErrConnectionClosed,
+		nats.ErrMaxConnectionsExceeded} {
+		if errors.Is(err, fault) {
+			return false
+		}
+	}
+	for _, fault := range []error{nats.ErrSecureConnRequired, nats.ErrSecureConnWanted, nats.ErrNkeysNotSupported,
+		nats.ErrClientCertOrRootCAsRequired, nats.ErrInvalidArg} {
+		if errors.Is(err, fault) {
+			return true
+		}
+	}
+	return false
+}
+
+func (c *Client) checkServer() error {
+	var major, minor, patch, wantMajor, wantMinor, wantPatch int
+	version := c.nc.ConnectedServerVersion()
+	if _, err := fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch); err != nil {
+		return fmt.Errorf("read the NATS server's version %q: %w", version, err)
+	}
+	_, _ = fmt.Sscanf(MinServer, "%d.%d.%d", &wantMajor, &wantMinor, &wantPatch)
+	if major < wantMajor || (major == wantMajor && minor < wantMinor) {
+		return fmt.Errorf("the NATS server is version %s: the relay needs %s or newer", version, MinServer)
+	}
+	if !c.nc.HeadersSupported() {
+		return fmt.Errorf("the NATS server does not support headers, which carry the ids: set no_header_support to false")
+	}
+	return nil
+}
+
+// Connected reports whether the connection stands.
+func (c *Client) Connected() bool { return c.nc.IsConnected() }
+
+// Reconnects returns how often the connection was lost and regained.
+func (c *Client) Reconnects() uint64 { return c.reconnects.Load() }
+
+// Close closes the connection.
+func (c *Client) Close() { c.nc.Close() }
+
+// Backoff is the pause before attempt n (from 0) of what can pass: 100 ms,
+// doubling up to 5 s.
+func Backoff(n int) time.Duration {
+	return min(5*time.Second, 100*time.Millisecond<<min(n, 10))
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		return nil
+	}
+}
