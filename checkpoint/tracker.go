@@ -22,9 +22,10 @@ type Item struct {
 	XID      uint32 // its transaction, as pgoutput's Begin gives it
 	ID       []byte // valid until the item's batch is recorded
 	Outcome  Outcome
-	Sequence uint64 // in the stream; 0 where it is not known (see Tracker.Stored)
+	Sequence uint64 // in the stream, of a stored event
 	Detail   any    // what Park was given
 
+	open bool          // the checkpoint can't stop here (see Tracker.Stored)
 	safe pglogrepl.LSN // confirmable once this item and all before it are recorded; 0: none
 }
 
@@ -99,27 +100,27 @@ func (t *Tracker) Cover(lsn pglogrepl.LSN) {
 	}
 }
 
-// Stored says that the event stands in the stream at sequence. Zero means that
-// the event is proved stored but its sequence is not: the checkpoint then can't
-// stop at it, and moves on with the next event whose sequence is known.
-func (t *Tracker) Stored(index, sequence uint64) {
-	t.settle(index, Stored, sequence, nil)
+// Stored says that the event stands in the stream at sequence. stop says that
+// no event behind it stands before that sequence, or before that of an earlier
+// one: only there the checkpoint can stop, since a sequence and a position then
+// divide stream and outbox alike.
+func (t *Tracker) Stored(index, sequence uint64, stop bool) {
+	t.settle(index, func(it *Item) { it.Outcome, it.Sequence, it.open = Stored, sequence, !stop })
 }
 
 // Park says that the event was rejected for good. detail is handed back in the
 // batch that records it.
 func (t *Tracker) Park(index uint64, detail any) {
-	t.settle(index, Parked, 0, detail)
+	t.settle(index, func(it *Item) { it.Outcome, it.Detail = Parked, detail })
 }
 
-func (t *Tracker) settle(index uint64, outcome Outcome, sequence uint64, detail any) {
+func (t *Tracker) settle(index uint64, set func(*Item)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if index < t.head || index >= t.tail {
 		return
 	}
-	it := t.at(index)
-	it.Outcome, it.Sequence, it.Detail = outcome, sequence, detail
+	set(t.at(index))
 	if index == t.head {
 		t.notify()
 	}
@@ -134,7 +135,7 @@ type Batch struct {
 	Items    []Item        // in commit order; empty where only Safe moved
 	Position Position      // of the last item
 	Sequence uint64        // the stream's sequence at exactly Position
-	Last     []byte        // id of the last stored item; nil where none is
+	Last     []byte        // id of the item at Sequence; nil where no item is stored
 	Safe     pglogrepl.LSN // confirmable once the batch is recorded
 }
 
@@ -151,42 +152,35 @@ func (t *Tracker) Batch(limit int, visible func(xid uint32) bool) Batch {
 		b.Items = append(b.Items, *it)
 		b.Position = it.Position
 		b.Safe = max(b.Safe, it.safe)
-		if it.Outcome == Stored {
-			b.Sequence = max(b.Sequence, it.Sequence)
-			b.Last = it.ID
+		if it.Outcome == Stored && it.Sequence > b.Sequence {
+			b.Sequence, b.Last = it.Sequence, it.ID
 		}
 	}
 	return b
 }
 
-// prefix returns how many items may be recorded: it stops before the first one
-// that is pending or invisible, and cuts back to the last place where the
-// stream's sequence is known.
+// prefix returns how many items may be recorded: it ends before the first one
+// that is pending or invisible, and goes back from there to the last stop.
 func (t *Tracker) prefix(limit int, visible func(uint32) bool) int {
-	known, xid, seen := 0, uint32(0), false
-	unknown := false // a sequence is open since the last stop
+	stop, open := 0, false
+	var seen *Item
 	for n := 0; n < t.len(); n++ {
 		it := t.at(t.head + uint64(n))
-		if it.Outcome == Pending || (n >= limit && !unknown) {
+		if it.Outcome == Pending || n >= limit && !open {
 			break
 		}
-		if !seen || it.XID != xid {
-			if !visible(it.XID) {
-				break
-			}
-			xid, seen = it.XID, true
+		if (seen == nil || seen.XID != it.XID) && !visible(it.XID) {
+			break
 		}
-		switch {
-		case it.Outcome == Stored && it.Sequence == 0:
-			unknown = true
-		case it.Outcome == Stored:
-			unknown = false
+		seen = it
+		if it.Outcome == Stored {
+			open = it.open
 		}
-		if !unknown {
-			known = n + 1
+		if !open {
+			stop = n + 1
 		}
 	}
-	return known
+	return stop
 }
 
 // Recorded says that the batch is durable: its items leave the tracker.
@@ -210,6 +204,13 @@ func (t *Tracker) Safe() pglogrepl.LSN {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.safe
+}
+
+// Settled reports whether the first event has an outcome.
+func (t *Tracker) Settled() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.len() > 0 && t.at(t.head).Outcome != Pending
 }
 
 // Len returns how many events are read and not recorded.

@@ -25,6 +25,8 @@ const (
 var (
 	// ErrStopped says that Run ended because its context did.
 	ErrStopped = errors.New("session stopped")
+	// ErrEnded says that the server ended the stream: it shuts down.
+	ErrEnded = errors.New("the server ended the stream")
 	// ErrPublication says that the server cannot apply the publication: it
 	// passes over events while it goes on streaming.
 	ErrPublication = errors.New("the publication is not usable")
@@ -137,7 +139,7 @@ func (s *Session) read(handler Handler) error {
 			err = s.notice(msg)
 		case *pgproto3.ParameterStatus:
 		case *pgproto3.CopyDone:
-			err = fmt.Errorf("slot %s: the server ended the stream", s.slot)
+			err = fmt.Errorf("slot %s: %w", s.slot, ErrEnded)
 		default:
 			err = fmt.Errorf("slot %s: unexpected message %T", s.slot, msg)
 		}

@@ -57,7 +57,8 @@ func (s Slot) Check(database string) error {
 	case s.TwoPhase:
 		return fmt.Errorf("slot %s decodes prepared transactions before they commit (two_phase): %s", s.Name, drop)
 	case s.WALStatus == "lost":
-		return fmt.Errorf("slot %s is invalidated (wal_status = lost): WAL that it needs is gone, and events may be lost to it", s.Name)
+		return fmt.Errorf("slot %[1]s is invalidated (wal_status = lost): WAL that it needs is gone, and the events in it come through no slot: they stand in the table with status 'pending'. "+
+			"To go on with new events only, SELECT pg_drop_replication_slot('%[1]s'), delete its row in outbox_relay_checkpoints and start again; insert the pending rows anew to publish them", s.Name)
 	}
 	return nil
 }

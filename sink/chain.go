@@ -22,11 +22,11 @@ var ErrForgotten = errors.New("the stream has forgotten acknowledged messages")
 // Outcomes hears what becomes of the events of a chain.
 type Outcomes interface {
 	// Stored is called in the order of the events, and must not call the chain.
-	// sequence is 0 where the checkpoint can't stop at the event, because a
+	// stop says that the checkpoint can stop at the event: it can't where a
 	// foreign message let events overtake each other. e is valid until it
 	// returns; sent is when the copy that was answered left, zero where the
 	// event was found in the stream.
-	Stored(index, sequence uint64, e *outbox.Event, sent time.Time)
+	Stored(index, sequence uint64, stop bool, e *outbox.Event, sent time.Time)
 	// Rejected is called when the server says that it can never store the
 	// event, with all before it stored. It returns when the event may be left
 	// behind; an error ends the chain. e is valid until it returns.
@@ -135,6 +135,9 @@ func (ch *Chain) Run(ctx context.Context) error {
 		case <-tick.C:
 			ch.checkSilence(time.Now())
 		case <-ch.trouble:
+			if ch.Broken() == nil {
+				continue // settled by the resync before
+			}
 			if err := ch.resync(ctx); err != nil {
 				return err
 			}
@@ -339,11 +342,7 @@ func (ch *Chain) pop() {
 			return
 		}
 		ch.last = max(ch.last, en.sequence)
-		known := ch.last
-		if en.blurred {
-			known = 0
-		}
-		ch.outcomes.Stored(en.index, known, &en.event, en.sent)
+		ch.outcomes.Stored(en.index, en.sequence, !en.blurred, &en.event, en.sent)
 		ch.release(en)
 	}
 }

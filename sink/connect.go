@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -20,8 +22,8 @@ const MinServer = "2.12.0"
 
 // Config says how to reach NATS and what the stream looks like.
 type Config struct {
-	Servers     string
-	Options     []nats.Option // authentication and TLS
+	Servers     []string // URLs
+	Auth        Auth
 	Domain      string
 	InboxPrefix string
 	Stream      StreamConfig
@@ -35,6 +37,7 @@ type Config struct {
 type Client struct {
 	config Config
 	log    *slog.Logger
+	auth   []nats.Option
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	api    string // prefix of the JetStream API
@@ -48,6 +51,10 @@ type Client struct {
 // the credentials is an error at once, and one that is too old.
 func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, error) {
 	c := &Client{config: config, log: log}
+	var err error
+	if c.auth, err = config.Auth.options(); err != nil {
+		return nil, err
+	}
 	if err := c.dial(ctx); err != nil {
 		return nil, err
 	}
@@ -55,7 +62,6 @@ func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, err
 		c.nc.Close()
 		return nil, err
 	}
-	var err error
 	c.api = "$JS.API."
 	if config.Domain != "" {
 		c.api = "$JS." + config.Domain + ".API."
@@ -74,8 +80,7 @@ func (c *Client) options() []nats.Option {
 	return append([]nats.Option{
 		nats.Name("outbox-relay"),
 		nats.MaxReconnects(-1),
-		nats.ReconnectWait(250 * time.Millisecond),
-		nats.ReconnectJitter(250*time.Millisecond, 500*time.Millisecond),
+		nats.CustomReconnectDelay(c.reconnectDelay),
 		nats.ReconnectBufSize(-1), // a publish while disconnected fails: the chain sends again
 		nats.IgnoreAuthErrorAbort(),
 		nats.ReconnectOnFlusherError(),
@@ -100,7 +105,18 @@ func (c *Client) options() []nats.Option {
 			}
 		}),
 		nats.ErrorHandler(c.asyncError),
-	}, c.config.Options...)
+	}, c.auth...)
+}
+
+// reconnectDelay is the pause after each round of the servers. An nkey is read
+// again here: its public half is part of the options, unlike other secrets,
+// which the client asks for at each attempt. The client calls it from the
+// goroutine that reconnects, which is the one that reads the options.
+func (c *Client) reconnectDelay(int) time.Duration {
+	if public, err := c.config.Auth.publicKey(); err == nil && public != "" && c.nc != nil {
+		c.nc.Opts.Nkey = public
+	}
+	return 250*time.Millisecond + rand.N(250*time.Millisecond)
 }
 
 // asyncError hears what has no other way to be told: a publish that lacks
@@ -121,7 +137,7 @@ func (c *Client) asyncError(_ *nats.Conn, _ *nats.Subscription, err error) {
 func (c *Client) dial(ctx context.Context) error {
 	waiting := false
 	for attempt := 0; ; attempt++ {
-		nc, err := nats.Connect(c.config.Servers, c.options()...)
+		nc, err := nats.Connect(strings.Join(c.config.Servers, ","), c.options()...)
 		if err == nil {
 			c.nc = nc
 			c.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())

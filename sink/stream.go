@@ -96,12 +96,21 @@ func (c *Client) info(ctx context.Context, name string) (*jetstream.StreamInfo, 
 		return nil, err
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):
 		return nil, fmt.Errorf("%w: JetStream is not enabled at the server, or not for the relay's account: start nats-server with -js, or enable it for the account", ErrStream)
+	case errors.Is(err, nats.ErrNoResponders) && !c.mayHaveJetStream():
+		return nil, fmt.Errorf("%w: JetStream is not enabled at the server: start nats-server with -js", ErrStream)
 	case errors.Is(err, nats.ErrNoResponders):
 		return nil, fmt.Errorf("JetStream does not answer (not enabled, not ready, or the wrong OUTBOX_NATS_DOMAIN): %w", err)
 	case err != nil:
 		return nil, fmt.Errorf("read stream %s: %w", name, err)
 	}
 	return s.CachedInfo(), nil
+}
+
+// mayHaveJetStream reports whether anybody within reach may ever answer: a
+// single server says by itself whether JetStream is on.
+func (c *Client) mayHaveJetStream() bool {
+	enabled, _ := c.nc.ConnectedServerJetStream()
+	return enabled || c.nc.ConnectedClusterName() != "" || c.config.Domain != ""
 }
 
 func (c *Client) create(ctx context.Context, owner StreamConfig) (*jetstream.StreamInfo, error) {

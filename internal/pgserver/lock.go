@@ -1,0 +1,43 @@
+package pgserver
+
+import (
+	"context"
+	"errors"
+	"os"
+	"syscall"
+	"time"
+)
+
+// tryLock locks the folder dir against other processes, until the returned file
+// is closed or this process ends. syscall.EWOULDBLOCK: another one has it.
+func tryLock(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, syscall.EINTR) {
+			f.Close()
+			return nil, &os.PathError{Op: "lock", Path: dir, Err: err}
+		}
+	}
+}
+
+// waitLock is tryLock that waits for its turn, or until ctx ends.
+func waitLock(ctx context.Context, dir string) (*os.File, error) {
+	for {
+		f, err := tryLock(dir)
+		if !errors.Is(err, syscall.EWOULDBLOCK) {
+			return f, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}

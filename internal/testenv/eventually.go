@@ -1,0 +1,28 @@
+package testenv
+
+import (
+	"testing"
+	"time"
+)
+
+// patience is the limit of every wait: far more than a slow machine needs.
+const patience = time.Minute
+
+// Eventually waits until cond holds, and fails the test, naming what, when that
+// takes more than a minute. cond runs in the caller's goroutine, every 10 ms at
+// first, then more rarely.
+func Eventually(tb testing.TB, what string, cond func() bool) {
+	tb.Helper()
+	eventually(tb, patience, what, cond)
+}
+
+func eventually(tb testing.TB, limit time.Duration, what string, cond func() bool) {
+	tb.Helper()
+	deadline := time.Now().Add(limit)
+	for pause := 10 * time.Millisecond; !cond(); pause = min(2*pause, 100*time.Millisecond) {
+		if time.Now().After(deadline) {
+			tb.Fatalf("waited %s in vain for %s", limit, what)
+		}
+		time.Sleep(pause)
+	}
+}

@@ -1,0 +1,171 @@
+package testenv
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"outbox-relay/internal/pgserver"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// startTimeout leaves time for a download.
+const startTimeout = 5 * time.Minute
+
+var shared sharedCluster
+
+// sharedCluster is started by the first test that asks for it.
+type sharedCluster struct {
+	mu      sync.Mutex
+	cluster *pgserver.Cluster
+	err     error
+}
+
+// Postgres returns the cluster that the test binary shares. A test that stops
+// it has to start it again.
+func Postgres(tb testing.TB) *pgserver.Cluster {
+	tb.Helper()
+	c, err := shared.get()
+	if err != nil {
+		tb.Fatalf("start Postgres: %v", err)
+	}
+	if !c.Running() {
+		tb.Fatalf("an earlier test left the shared Postgres stopped; its log:\n%s", c.LogTail())
+	}
+	return c
+}
+
+func (s *sharedCluster) get() (*pgserver.Cluster, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cluster == nil && s.err == nil {
+		s.cluster, s.err = startCluster(nil)
+	}
+	return s.cluster, s.err
+}
+
+func (s *sharedCluster) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.cluster == nil {
+		return nil
+	}
+	return s.cluster.Close()
+}
+
+func startCluster(settings map[string]string) (*pgserver.Cluster, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	return pgserver.Start(ctx, pgserver.Options{Settings: settings, Logf: logToStderr})
+}
+
+// logToStderr shows progress at once, which tb.Log does not.
+func logToStderr(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+// OwnPostgres starts a cluster for this test alone, with settings for its
+// postgresql.conf. A failing test logs the end of the server's log.
+func OwnPostgres(tb testing.TB, settings map[string]string) *pgserver.Cluster {
+	tb.Helper()
+	c, err := startCluster(settings)
+	if err != nil {
+		tb.Fatalf("start Postgres: %v", err)
+	}
+	tb.Cleanup(func() {
+		if tb.Failed() {
+			tb.Logf("end of the log of Postgres:\n%s", c.LogTail())
+		}
+		if err := c.Close(); err != nil {
+			tb.Errorf("close Postgres: %v", err)
+		}
+	})
+	return c
+}
+
+var databases atomic.Int64
+
+// Database creates a database named after the test and returns its URL. Cleanup
+// drops it with its replication slots, whoever still uses them; it leaves a
+// cluster alone that no longer runs.
+func Database(tb testing.TB, c *pgserver.Cluster) string {
+	tb.Helper()
+	name := databaseName(tb.Name(), databases.Add(1))
+	if err := execute(c, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()); err != nil {
+		tb.Fatalf("create database %s: %v", name, err)
+	}
+	tb.Cleanup(func() {
+		if !c.Running() {
+			return
+		}
+		if err := dropDatabase(c, name); err != nil {
+			tb.Errorf("drop database %s: %v", name, err)
+		}
+	})
+	return c.URL(name)
+}
+
+// databaseName makes a name of at most 63 bytes that needs no quotes.
+func databaseName(test string, n int64) string {
+	plain := strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= '0' && r <= '9' {
+			return r
+		}
+		return '_'
+	}, strings.ToLower(test))
+	return fmt.Sprintf("t%d_%.40s", n, plain)
+}
+
+// dropDatabase shuts the database to new sessions first, so that no relay that
+// connects again can take a slot back.
+func dropDatabase(c *pgserver.Cluster, name string) error {
+	quoted := pgx.Identifier{name}.Sanitize()
+	if err := execute(c, "ALTER DATABASE "+quoted+" ALLOW_CONNECTIONS false"); err != nil {
+		return err
+	}
+	if err := dropSlots(c, name); err != nil {
+		return fmt.Errorf("its replication slots: %w", err)
+	}
+	return execute(c, "DROP DATABASE "+quoted+" WITH (FORCE)")
+}
+
+func dropSlots(c *pgserver.Cluster, database string) error {
+	return withConn(c, func(ctx context.Context, conn *pgx.Conn) error {
+		for {
+			var active int
+			err := conn.QueryRow(ctx, `SELECT count(pg_terminate_backend(active_pid)) FROM pg_replication_slots
+				WHERE database = $1 AND active_pid IS NOT NULL`, database).Scan(&active)
+			if err != nil {
+				return err
+			}
+			if active == 0 {
+				_, err := conn.Exec(ctx, "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = $1", database)
+				return err
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	})
+}
+
+func execute(c *pgserver.Cluster, sql string) error {
+	return withConn(c, func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, sql)
+		return err
+	})
+}
+
+// withConn lends a connection to the cluster's database postgres, for a minute.
+func withConn(c *pgserver.Cluster, use func(context.Context, *pgx.Conn) error) error {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	conn, err := pgx.Connect(ctx, c.URL("postgres"))
+	if err != nil {
+		return err
+	}
+	return errors.Join(use(ctx, conn), conn.Close(ctx))
+}

@@ -1,0 +1,228 @@
+// Package migrations makes the outbox: the user's table events with its trigger,
+// and what the relay adds to it. The files are SQL, go only up, can be run twice,
+// and by psql alone.
+package migrations
+
+import (
+	"embed"
+	"errors"
+	"fmt"
+	"io/fs"
+	"regexp"
+	"slices"
+	"strings"
+	"unicode"
+	"unicode/utf8"
+
+	"github.com/jackc/pgx/v5"
+)
+
+//go:embed *.sql
+var files embed.FS
+
+// What the files call things. Render gives them other names.
+const (
+	schemaName      = "public"
+	tableName       = "events"
+	functionName    = "on_events_create" // and its trigger
+	ulidName        = "gen_random_ulid"
+	publicationName = "outbox_relay"
+)
+
+// constraintNames are derived from the table's name, which is their prefix.
+var constraintNames = []string{
+	"events_id_primary_key",
+	"events_id_version_unique",
+	"events_id_check",
+	"events_version_check",
+	"events_aggregate_type_check",
+	"events_event_type_check",
+	"events_status_check",
+}
+
+// messageColumns are what every message needs of a row.
+var messageColumns = []string{
+	"id", "version", "aggregate_type", "aggregate_id", "event_type", "payload", "headers", "status", "created_at",
+}
+
+// maxName is Postgres' limit in bytes; what is longer it would cut.
+const maxName = 63
+
+// maxTable leaves room for the longest name derived from the table's.
+var maxTable = maxName - len("_aggregate_type_check")
+
+// Target is an outbox. Its names are as the catalogs have them: unquoted and in
+// their own case.
+type Target struct {
+	Schema      string
+	Table       string // at most 42 bytes, since constraints are named after it
+	Publication string
+	Columns     []string // what messages need beyond the usual columns; they have to exist
+}
+
+// String is the table's name for people.
+func (t Target) String() string { return display(t.Schema) + "." + display(t.Table) }
+
+// File is a piece of SQL that can be run by psql alone.
+type File struct {
+	Name string
+	SQL  string
+}
+
+// Render returns the migrations for t, in the order in which they have to be run.
+// For public.events, published as outbox_relay, they are the embedded files to
+// the byte. Where t has further columns, a last file adds them to the
+// publication. A fault in t's names is the only error.
+func Render(t Target) ([]File, error) {
+	if err := t.check(); err != nil {
+		return nil, err
+	}
+	rendered, err := t.numbered()
+	if err != nil {
+		return nil, err
+	}
+	if len(t.Columns) > 0 {
+		rendered = append(rendered, File{
+			Name: "columns.sql",
+			SQL:  "-- The further columns that the message needs.\n\n" + t.setPath() + t.publish() + ";\n",
+		})
+	}
+	return rendered, nil
+}
+
+// numbered returns the files that goose applies once.
+func (t Target) numbered() ([]File, error) {
+	names, err := fs.Glob(files, "*.sql") // sorted
+	if err != nil {
+		return nil, err
+	}
+	var rendered []File
+	for _, name := range names {
+		sql, err := files.ReadFile(name)
+		if err != nil {
+			return nil, err
+		}
+		rendered = append(rendered, File{Name: name, SQL: t.rewrite(string(sql))})
+	}
+	return rendered, nil
+}
+
+func (t Target) rewrite(sql string) string {
+	if t.Schema == schemaName && t.Table == tableName && t.Publication == publicationName {
+		return sql
+	}
+	sql = rename(sql, t.identifiers(), t.literals())
+	const up = "-- +goose Up\n"
+	return strings.Replace(sql, up, up+"\n-- +goose StatementBegin\n"+t.setPath()+"-- +goose StatementEnd\n", 1)
+}
+
+// identifiers maps each identifier of the files to SQL.
+func (t Target) identifiers() map[string]string {
+	m := map[string]string{publicationName: quote(t.Publication)}
+	if t.Table != tableName {
+		m[tableName] = quote(t.Table)
+		m[functionName] = quote("on_" + t.Table + "_create")
+		for _, name := range constraintNames {
+			m[name] = quote(t.Table + strings.TrimPrefix(name, tableName))
+		}
+	}
+	if t.Schema != schemaName {
+		// The trigger function calls it, whatever search_path the inserting
+		// session has. A SET clause of that function would do too, at a cost
+		// for every insert.
+		m[ulidName] = quote(t.Schema) + "." + ulidName
+	}
+	return m
+}
+
+// literals maps the content of whole string literals.
+func (t Target) literals() map[string]string {
+	return map[string]string{
+		tableName:       quote(t.Table), // a regclass
+		publicationName: t.Publication,  // a name
+	}
+}
+
+// setPath has pg_catalog in front implicitly.
+func (t Target) setPath() string { return "set search_path to " + quote(t.Schema) + ";\n" }
+
+// publish makes the publication publish all columns that the message needs. It
+// is what 002 ends with.
+func (t Target) publish() string {
+	var columns []string
+	for _, c := range slices.Concat(messageColumns, t.Columns) {
+		if c = literal(c); !slices.Contains(columns, c) {
+			columns = append(columns, c)
+		}
+	}
+	return fmt.Sprintf("select outbox_relay_publish(%s, %s, array[\n    %s])",
+		literal(t.Publication), literal(quote(t.Schema)+"."+quote(t.Table)), strings.Join(columns, ", "))
+}
+
+func (t Target) check() error {
+	errs := []error{
+		checkName("schema", t.Schema, maxName),
+		checkName("table", t.Table, maxTable),
+		checkName("publication", t.Publication, maxName),
+	}
+	for _, c := range t.Columns {
+		errs = append(errs, checkName("column", c, maxName))
+	}
+	return errors.Join(errs...)
+}
+
+// dollarQuote would end a function's body.
+var dollarQuote = regexp.MustCompile(`\$[\pL_0-9]*\$`)
+
+func checkName(kind, name string, limit int) error {
+	switch {
+	case name == "":
+		return fmt.Errorf("the %s's name is empty", kind)
+	case len(name) > limit:
+		return fmt.Errorf("the %s's name %q has %d bytes: at most %d, so that Postgres cuts no name made from it", kind, name, len(name), limit)
+	case !utf8.ValidString(name) || strings.ContainsFunc(name, unicode.IsControl):
+		return fmt.Errorf("the %s's name %q is not UTF-8 without control characters", kind, name)
+	case dollarQuote.MatchString(name):
+		return fmt.Errorf("the %s's name %q reads like a dollar quote: choose one without two $", kind, name)
+	}
+	return nil
+}
+
+// token is what matters in SQL: a comment, a quoted identifier, a string literal
+// or a word. Comments are passed over, and dollar quotes: what is in a function's
+// body is read like the rest. A dollar quote's tag is a word.
+var token = regexp.MustCompile(`--[^\n]*|"[^"]*"|'(?:[^']|'')*'|[A-Za-z_][A-Za-z0-9_]*`)
+
+// rename replaces whole identifiers, and string literals by their whole content.
+func rename(sql string, identifiers, literals map[string]string) string {
+	return token.ReplaceAllStringFunc(sql, func(s string) string {
+		if s[0] == '\'' {
+			if to, ok := literals[s[1:len(s)-1]]; ok {
+				return literal(to)
+			}
+		} else if to, ok := identifiers[s]; ok {
+			return to
+		}
+		return s
+	})
+}
+
+func quote(name string) string { return pgx.Identifier{name}.Sanitize() }
+
+// literal has an E in front where a backslash needs it, as quote_literal has.
+func literal(s string) string {
+	q := "'" + strings.ReplaceAll(s, "'", "''") + "'"
+	if strings.Contains(q, `\`) {
+		return "E" + strings.ReplaceAll(q, `\`, `\\`)
+	}
+	return q
+}
+
+var plain = regexp.MustCompile(`^[a-z_][a-z0-9_$]*$`)
+
+func display(name string) string {
+	if plain.MatchString(name) {
+		return name
+	}
+	return quote(name)
+}

@@ -1,0 +1,101 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/replication"
+	"outbox-relay/sink"
+)
+
+// HaltError says that the relay stopped before an event that can never be
+// stored, as OUTBOX_ON_REJECT=halt wants it.
+type HaltError struct {
+	ID     string
+	Reason string
+}
+
+func (e *HaltError) Error() string {
+	return "halted before event " + e.ID + ", which can never be stored: " + e.Reason +
+		": change what refuses it, delete the row's event from the slot's way with OUTBOX_ON_REJECT=park, or correct the limit"
+}
+
+// passes reports whether waiting may mend the error: the relay then starts a
+// new session. Everything else is fatal; above all what was read and not
+// understood, which must never be skipped.
+func passes(err error) bool {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) {
+		return passesInPostgres(pgErr.Code)
+	}
+	for _, passing := range []error{
+		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrEnded,
+		sink.ErrForgotten, errRecovery,
+		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded, context.DeadlineExceeded,
+		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
+		nats.ErrReconnectBufExceeded, nats.ErrNoServers, nats.ErrStaleConnection, jetstream.ErrNoStreamResponse,
+	} {
+		if errors.Is(err, passing) {
+			return true
+		}
+	}
+	var network net.Error
+	var api *jetstream.APIError
+	var connect *pgconn.ConnectError
+	switch {
+	case errors.As(err, &network), errors.As(err, &connect):
+		return true
+	case errors.As(err, &api):
+		return api.Code >= 500 // 503: not available for now
+	}
+	return pgconn.SafeToRetry(err)
+}
+
+// passesInPostgres judges an SQLSTATE.
+// Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+func passesInPostgres(code string) bool {
+	switch code {
+	case "55006", // object in use: the slot is another relay's
+		"55P03", // lock not available
+		"57014", // query canceled
+		"57P01", // admin shutdown: also pg_terminate_backend
+		"57P02", // crash shutdown
+		"57P03", // cannot connect now
+		"57P05", // idle session timeout
+		"25006": // read-only: a primary on its way to become one, or not any more
+		return true
+	}
+	for _, class := range []string{
+		"08", // connection exception
+		"40", // transaction rollback
+		"53", // insufficient resources
+		"58", // system error: disk, I/O
+	} {
+		if strings.HasPrefix(code, class) {
+			return true
+		}
+	}
+	return false
+}
+
+// wrongPassword reports whether Postgres refuses the role: fatal at start,
+// waited out later, since a password can be rotated.
+func wrongPassword(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "28")
+}
+
+// shuttingDown reports whether Postgres is going down.
+func shuttingDown(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && (pgErr.Code == "57P01" || pgErr.Code == "57P03")
+}

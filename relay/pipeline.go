@@ -1,0 +1,206 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/decoder"
+	"outbox-relay/outbox"
+	"outbox-relay/sink"
+)
+
+// pipeline takes each message from the reader through the decoder into the
+// chain, in the reader's goroutine: no channel and no goroutine for an event.
+// It is also the chain's Outcomes.
+type pipeline struct {
+	*session
+	ctx      context.Context // of the reading
+	decoder  *decoder.Decoder
+	tracker  *checkpoint.Tracker
+	recorder *recorder
+	chain    *sink.Chain
+
+	after    checkpoint.Position // the checkpoint: events up to it are done
+	found    sink.Found          // which of the next events stand in the stream
+	judged   int                 // how many of these have passed
+	parked   uint64              // index of the last event parked by the reader
+	barrier  bool                // it may not be recorded yet: nothing is sent until it is
+	halted   error               // why the relay stops before an event
+	optional map[string]bool     // columns that the table does not have
+}
+
+func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, from origin) *pipeline {
+	p := &pipeline{
+		session: s, tracker: tracker, recorder: recorder,
+		decoder: decoder.New(s.layout.OID, s.table.Columns),
+		after:   from.checkpoint.Position,
+		found:   from.found,
+	}
+	p.chain = s.relay.client.NewChain(s.stream, from.checkpoint.Foreign, p)
+	return p
+}
+
+// Data implements replication.Handler.
+func (p *pipeline) Data(start pglogrepl.LSN, data []byte) error {
+	kind, err := p.decoder.Decode(data)
+	switch {
+	case err != nil:
+		return fmt.Errorf("decode the message at %s: %w", start, err)
+	case kind == decoder.Insert:
+		return p.event(&p.decoder.Event)
+	case kind == decoder.Commit:
+		p.tracker.Cover(p.decoder.End)
+	}
+	return nil
+}
+
+// Keepalive implements replication.Handler. Outside a transaction, a
+// keepalive's WAL end is a marker without events.
+func (p *pipeline) Keepalive(walEnd pglogrepl.LSN, urgent bool) error {
+	if !p.decoder.InTransaction() {
+		p.tracker.Cover(walEnd)
+	}
+	if urgent {
+		p.recorder.hurry()
+	}
+	return nil
+}
+
+// event takes one insert.
+func (p *pipeline) event(e *outbox.Event) error {
+	if e.Position.Compare(p.after) <= 0 {
+		return nil // done; a crash of Postgres sets the slot back
+	}
+	if !pending(e) {
+		p.relay.metrics.ignored.Inc()
+		p.log.Warn("ignored an insert whose status is not pending", "id", string(e.ID), "status", string(e.Status), "position", e.Position.String())
+		return nil
+	}
+	index, err := p.tracker.Add(p.ctx, e.Position, e.XID, e.ID)
+	if err != nil {
+		return err
+	}
+	if p.judged < p.found.Proved && p.known(index) {
+		return nil
+	}
+	if err := p.fill(e); err != nil {
+		return p.rejected(index, e, err)
+	}
+	if p.barrier {
+		p.recorder.hurry()
+		if err := p.tracker.WaitRecorded(p.ctx, p.parked); err != nil {
+			return err
+		}
+		p.barrier = false
+	}
+	return p.rejected(index, e, p.chain.Publish(p.ctx, index, e))
+}
+
+func pending(e *outbox.Event) bool { return string(e.Status) == "pending" }
+
+// known takes an event that was found in the stream. It returns false for one
+// that was overtaken there, and is still to be sent.
+func (p *pipeline) known(index uint64) bool {
+	i := p.judged
+	p.judged++
+	sequence, stored := p.found.Stored[i]
+	if !stored {
+		return false
+	}
+	overtaken := p.found.Overtaken()
+	p.tracker.Stored(index, sequence, overtaken < 0 || i < overtaken || i == p.found.Proved-1)
+	p.relay.metrics.alreadyStored.Inc()
+	return true
+}
+
+// fill reads from its row what an event lacks that was written before the
+// publication was extended. Columns that the table lacks too are NULL.
+func (p *pipeline) fill(e *outbox.Event) error {
+	if len(p.decoder.Missing) == 0 {
+		return nil
+	}
+	var names []string
+	for _, name := range p.decoder.Missing {
+		if p.layout.Columns[name] {
+			names = append(names, name)
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	err := p.recorder.visible(p.ctx, e.XID, func(ctx context.Context) error {
+		return p.table.Fill(ctx, p.sql, e, names)
+	})
+	if errors.Is(err, outbox.ErrNoRow) {
+		return &sink.RejectedError{Reason: fmt.Sprintf("its columns %v were not published when it was inserted, and its row is gone", names)}
+	}
+	return err
+}
+
+// rejected parks the event if err says that it can never be stored. What
+// follows it is sent only once that is recorded: no parked event ever lies
+// between the checkpoint and what is stored.
+func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
+	var rejection *sink.RejectedError
+	if !errors.As(err, &rejection) {
+		return err
+	}
+	if err := p.park(index, e, rejection.Reason); err != nil {
+		return err
+	}
+	p.parked, p.barrier = index, true
+	return nil
+}
+
+func (p *pipeline) park(index uint64, e *outbox.Event, reason string) error {
+	if p.relay.config.Halt {
+		p.halted = &HaltError{ID: string(e.ID), Reason: reason}
+		return p.halted
+	}
+	whole := &outbox.Rejected{Reason: reason}
+	e.CopyTo(&whole.Event, nil)
+	p.tracker.Park(index, whole)
+	p.relay.metrics.parked.Inc()
+	p.log.Warn("parked an event that can never be stored", "id", string(e.ID), "reason", reason, "position", e.Position.String())
+	return nil
+}
+
+// Stored implements sink.Outcomes.
+func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, sent time.Time) {
+	p.tracker.Stored(index, sequence, stop)
+	m := p.relay.metrics
+	if sent.IsZero() {
+		m.alreadyStored.Inc()
+		return
+	}
+	now := time.Now()
+	m.published.Inc()
+	m.publishedBytes.Add(float64(e.Size()))
+	m.publishSeconds.Observe(now.Sub(sent).Seconds())
+	m.commitSeconds.Observe(now.Sub(e.Commit).Seconds())
+}
+
+// Rejected implements sink.Outcomes.
+func (p *pipeline) Rejected(ctx context.Context, index uint64, e *outbox.Event, reason string) error {
+	if err := p.park(index, e, reason); err != nil {
+		return err
+	}
+	p.recorder.hurry()
+	return p.tracker.WaitRecorded(ctx, index)
+}
+
+// Foreign implements sink.Outcomes.
+func (p *pipeline) Foreign(ctx context.Context, messages int) error {
+	p.relay.metrics.foreign.Add(float64(messages))
+	p.log.Warn("the stream has messages that are not this relay's", "messages", messages,
+		"remedy", "deny others to publish on the relay's subjects")
+	return p.recorder.do(ctx, func(ctx context.Context) error { return p.store.NoteForeign(ctx) })
+}
+
+// Resync implements sink.Outcomes.
+func (p *pipeline) Resync(error) { p.relay.metrics.resyncs.Inc() }

@@ -1,0 +1,339 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/outbox"
+	"outbox-relay/replication"
+)
+
+const (
+	recordLimit  = 4096                  // events recorded in one statement
+	recordPause  = 50 * time.Millisecond // between two statements that are not full
+	idleInterval = 5 * time.Second       // between two checkpoints that only confirm
+	checkEvery   = time.Second           // between two looks at an idle Postgres
+	// ownNoise is WAL that our own checkpoint draws after it: the background
+	// writer logs running transactions, a server checkpoint itself. An idle
+	// outbox is not confirmed again for that little, or an idle database would
+	// never come to rest.
+	ownNoise = 1 << 10
+)
+
+// recorder owns the SQL connection of a session, off the publishing path: it
+// records outcomes together with the checkpoint, and confirms LSNs.
+type recorder struct {
+	*session
+	tracker *checkpoint.Tracker
+	reader  *replication.Session
+	want    string // fingerprint of the publication
+
+	position  checkpoint.Position // of the checkpoint
+	sequence  uint64
+	confirm   pglogrepl.LSN // C: the highest LSN that the checkpoint names
+	ownEnd    pglogrepl.LSN // where WAL ended after our last write; 0: not seen yet
+	lastWrite time.Time
+	pending   []confirmation
+	barred    bool // something has an outcome, and its transaction is not visible yet
+	waiting   int  // leftovers
+	swept     time.Time
+	calm      calmer
+
+	urgent   chan struct{}
+	requests chan request
+}
+
+// confirmation is an LSN that is recorded and not confirmed yet.
+type confirmation struct {
+	lsn   pglogrepl.LSN
+	after pglogrepl.LSN // the standbys must have passed this; 0: not seen yet
+}
+
+// request is work for the recorder's connection.
+type request struct {
+	do   func(context.Context) error
+	done chan error
+}
+
+func newRecorder(s *session, tracker *checkpoint.Tracker, from origin) *recorder {
+	return &recorder{
+		session: s, tracker: tracker, reader: from.reader, want: from.checkpoint.Publication,
+		position: from.checkpoint.Position, sequence: from.checkpoint.Sequence, confirm: from.checkpoint.Confirmed,
+		waiting: 1, // not known: look
+		urgent:  make(chan struct{}, 1), requests: make(chan request),
+	}
+}
+
+// run records until ctx ends. An error ends the session; the replication
+// connection then closes unconfirmed, which a shutdown of Postgres waits for.
+func (r *recorder) run(ctx context.Context) error {
+	tick := time.NewTicker(checkEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case req := <-r.requests:
+			req.done <- req.do(ctx)
+			continue
+		case <-r.urgent:
+		case <-r.tracker.Ready():
+		case <-tick.C:
+		}
+		full, err := r.attempt(ctx)
+		if err != nil {
+			return err
+		}
+		if err := r.rest(ctx, full); err != nil {
+			return err
+		}
+	}
+}
+
+// rest waits a little before the next round, so that events gather; not when
+// somebody waits for it, or when there is more than one statement's worth.
+func (r *recorder) rest(ctx context.Context, full bool) error {
+	if full {
+		r.hurry()
+		return nil
+	}
+	timer := time.NewTimer(recordPause)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-r.urgent:
+		r.hurry()
+	case req := <-r.requests:
+		req.done <- req.do(ctx)
+	case <-timer.C:
+		if len(r.pending) > 0 || r.barred {
+			r.hurry()
+		}
+	}
+	return nil
+}
+
+// hurry asks for a round at once. Safe for concurrent use.
+func (r *recorder) hurry() {
+	select {
+	case r.urgent <- struct{}{}:
+	default:
+	}
+}
+
+// do runs f with the recorder's connection. Safe for concurrent use.
+func (r *recorder) do(ctx context.Context, f func(context.Context) error) error {
+	req := request{do: f, done: make(chan error, 1)}
+	select {
+	case r.requests <- req:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	select {
+	case err := <-req.done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// visible runs f once the rows of that transaction can be seen.
+func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Context) error) error {
+	for {
+		seen := false
+		err := r.do(ctx, func(ctx context.Context) error {
+			state, err := r.table.State(ctx, r.sql)
+			if seen = err == nil && state.Snapshot.Visible(xid); !seen {
+				return err
+			}
+			return f(ctx)
+		})
+		if err != nil || seen {
+			return err
+		}
+		if err := pause(ctx, 10*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// attempt makes a round, and retries what can pass while the connection holds:
+// a Postgres that refuses writes for a while holds back only the LSN.
+func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
+	full, err = r.round(ctx)
+	switch {
+	case err == nil:
+		return full, nil
+	case ctx.Err() != nil:
+		return false, context.Cause(ctx)
+	case r.sql.IsClosed() || !passes(err) || errors.Is(err, checkpoint.ErrSuperseded) || errors.Is(err, checkpoint.ErrNotReplicated):
+		return false, err
+	}
+	if r.calm.news(err) {
+		r.log.Warn("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
+	}
+	return false, pause(ctx, checkEvery)
+}
+
+// round looks at the database in a fresh snapshot, confirms what the round
+// before recorded, and records what can be.
+//
+// The order matters: an LSN is confirmed only after a look that began after
+// the commit of its checkpoint and still found the publication as it was.
+func (r *recorder) round(ctx context.Context) (full bool, err error) {
+	state, err := r.table.State(ctx, r.sql)
+	if err != nil {
+		return false, err
+	}
+	if state.Publication != r.want {
+		accepted, err := r.accepted(ctx, state)
+		if err != nil {
+			return false, err
+		}
+		if !accepted {
+			return false, r.publicationChanged(ctx)
+		}
+	}
+	if state.Unlogged {
+		return false, r.table.CheckPublication(ctx, r.sql)
+	}
+	r.confirmPending(state)
+	if r.ownEnd == 0 {
+		r.ownEnd = state.WALEnd
+	}
+	batch := r.tracker.Batch(recordLimit, state.Snapshot.Visible)
+	if len(batch.Items) > 0 || r.worthConfirming(batch) {
+		if err := r.record(ctx, batch); err != nil {
+			return false, err
+		}
+	}
+	r.barred = len(batch.Items) == 0 && r.tracker.Settled()
+	r.observe()
+	return len(batch.Items) >= recordLimit, r.sweep(ctx)
+}
+
+// accepted reports whether the change of the publication was made by migrate,
+// which carries the fingerprint over in the same transaction: it extends the
+// column list, and passes nothing over.
+func (r *recorder) accepted(ctx context.Context, state outbox.State) (bool, error) {
+	cp, err := r.store.Read(ctx)
+	if err != nil {
+		return false, err
+	}
+	if cp.Publication != state.Publication || state.Publication == "" {
+		return false, nil
+	}
+	r.want = state.Publication
+	return true, nil
+}
+
+// confirmPending confirms what was recorded before the look. Where
+// synchronized_standby_slots names standbys, these must have passed the
+// checkpoint's own commit, or a promoted one has a slot ahead of it.
+func (r *recorder) confirmPending(state outbox.State) {
+	n := 0
+	for i := range r.pending {
+		c := &r.pending[i]
+		if c.after == 0 {
+			c.after = state.WALEnd
+		}
+		if state.Standbys < c.after {
+			break
+		}
+		r.reader.Confirm(c.lsn)
+		n++
+	}
+	r.pending = append(r.pending[:0], r.pending[n:]...)
+}
+
+// worthConfirming reports whether an outbox without events is to be confirmed:
+// rarely, and not for WAL that is our own.
+func (r *recorder) worthConfirming(b checkpoint.Batch) bool {
+	return b.Safe > r.confirm && b.Safe > r.ownEnd+ownNoise && time.Since(r.lastWrite) >= idleInterval
+}
+
+// record makes the batch durable.
+func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
+	advance := checkpoint.Advance{Position: r.position, Sequence: b.Sequence, MessageID: string(b.Last), Confirm: max(b.Safe, r.confirm)}
+	if len(b.Items) > 0 {
+		advance.Position = b.Position
+	}
+	var recorded outbox.Recorded
+	effects, err := r.table.Outcomes(b.Items, &recorded)
+	if err != nil {
+		return err
+	}
+	if err := r.store.Advance(ctx, advance, effects); err != nil {
+		return err
+	}
+	r.position, r.sequence, r.confirm = advance.Position, advance.Sequence, advance.Confirm
+	r.tracker.Recorded(b)
+	r.pending = append(r.pending, confirmation{lsn: advance.Confirm})
+	r.lastWrite, r.ownEnd = time.Now(), 0
+	r.tell(recorded, len(b.Items))
+	return nil
+}
+
+func (r *recorder) tell(recorded outbox.Recorded, events int) {
+	r.relay.metrics.recorded.Add(float64(events))
+	if n := recorded.Locked(); n > 0 {
+		r.waiting += n
+		r.relay.metrics.leftovers.Add(float64(n))
+		r.log.Info("rows are locked by the application: their outcome is kept, and written when they are free", "rows", n)
+	}
+	if n := recorded.Answered(); n > 0 {
+		r.log.Info("rows were deleted or changed by the application before their outcome was recorded", "rows", n)
+	}
+	if recorded.Kept > 0 {
+		r.log.Warn("rejected events whose row is gone are kept whole in outbox_relay_leftovers", "events", recorded.Kept)
+	}
+}
+
+// sweep writes the outcomes of rows that were locked.
+func (r *recorder) sweep(ctx context.Context) error {
+	if r.waiting == 0 || time.Since(r.swept) < checkEvery {
+		return nil
+	}
+	r.swept = time.Now()
+	return r.store.Guarded(ctx, r.table.Leftovers(&r.waiting))
+}
+
+func (r *recorder) observe() {
+	m := r.relay.metrics
+	m.waiting.Set(float64(r.waiting))
+	m.unrecorded.Set(float64(r.tracker.Len()))
+	m.confirmed.Set(float64(r.reader.Confirmed()))
+}
+
+// flush records and confirms all that has an outcome. settled says that nothing
+// else is in flight, so that nothing can be stored beyond the checkpoint.
+func (r *recorder) flush(ctx context.Context, settled bool) error {
+	for {
+		left := 0
+		err := r.do(ctx, func(ctx context.Context) error {
+			if _, err := r.round(ctx); err != nil {
+				return err
+			}
+			left = len(r.tracker.Batch(1, func(uint32) bool { return true }).Items) + len(r.pending)
+			if left == 0 && settled {
+				return r.store.Settle(ctx)
+			}
+			return nil
+		})
+		switch {
+		case err != nil:
+			return fmt.Errorf("record the last outcomes: %w", err)
+		case left == 0:
+			return nil
+		}
+		if err := pause(ctx, 10*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}

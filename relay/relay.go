@@ -1,0 +1,156 @@
+// Package relay is the pipeline from a replication slot to a stream, and its
+// supervision: replication -> decoder -> sink, and back by checkpoint to the
+// slot.
+package relay
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync/atomic"
+	"time"
+
+	"outbox-relay/outbox"
+	"outbox-relay/replication"
+	"outbox-relay/sink"
+)
+
+// Config is what a relay needs to know.
+type Config struct {
+	Postgres func() (string, error) // the URL; asked again for each connection
+	Table    outbox.Table
+	Sink     func(replication.System) sink.Config // told who Postgres is
+	Stream   string
+	Halt     bool          // before an event that can never be stored, instead of parking it
+	Grace    time.Duration // for the last events when the relay is stopped
+}
+
+// unrecordedBound is how many events may be stored and not recorded. It bounds
+// what a crash leaves to be matched, and is part of the checkpoint.
+const unrecordedBound = 1 << 16
+
+// State is where the relay stands.
+type State string
+
+const (
+	Starting  State = "starting"  // connecting, checking, matching
+	Standby   State = "standby"   // another relay has the slot
+	Streaming State = "streaming" // reading and publishing
+	Stopping  State = "stopping"  // draining
+	Halted    State = "halted"    // ended by an error that waiting does not mend
+)
+
+// Relay publishes the events of one outbox.
+type Relay struct {
+	config  Config
+	log     *slog.Logger
+	metrics *Metrics
+
+	state    atomic.Value // State
+	streamed bool         // a session has streamed: what is wrong now was right before
+	client   *sink.Client
+}
+
+// New returns a relay; nothing runs before Run.
+func New(config Config, log *slog.Logger, metrics *Metrics) *Relay {
+	r := &Relay{config: config, log: log, metrics: metrics}
+	r.state.Store(Starting)
+	metrics.observe(r)
+	return r
+}
+
+// State returns where the relay stands. Safe for concurrent use.
+func (r *Relay) State() State { return r.state.Load().(State) }
+
+// Run relays until ctx ends, which is a clean stop (nil): what was read is
+// published, recorded and confirmed within the grace. It waits for whatever can
+// pass, and returns an error for what can't.
+func (r *Relay) Run(ctx context.Context) error {
+	defer func() {
+		if r.client != nil {
+			r.client.Close()
+		}
+	}()
+	var calm calmer
+	for attempt := 0; ; attempt++ {
+		began := time.Now()
+		err := r.session(ctx)
+		switch {
+		case ctx.Err() != nil && !isFatal(err):
+			return nil
+		case err == nil:
+			return nil
+		case r.fatal(err):
+			r.state.Store(Halted)
+			return err
+		}
+		r.metrics.sessions.Inc()
+		if time.Since(began) > time.Minute {
+			attempt = 0
+		}
+		r.enter(err, &calm)
+		if pause(ctx, retryDelay(err, attempt)) != nil {
+			return nil
+		}
+	}
+}
+
+// enter says, once for each new reason, why the relay waits.
+func (r *Relay) enter(err error, calm *calmer) {
+	if errors.Is(err, replication.ErrSlotInUse) {
+		if r.state.Swap(Standby) != Standby {
+			r.log.Info("standing by: another relay has the slot", "slot", r.config.Table.Slot)
+		}
+		return
+	}
+	r.state.Store(Starting)
+	if calm.news(err) {
+		r.log.Warn("waiting to start again", "error", err)
+	}
+}
+
+// calmer keeps an error that comes again and again from being logged each time.
+type calmer struct {
+	last string
+	when time.Time
+}
+
+func (c *calmer) news(err error) bool {
+	if text := err.Error(); text != c.last || time.Since(c.when) > time.Minute {
+		c.last, c.when = text, time.Now()
+		return true
+	}
+	return false
+}
+
+func (r *Relay) fatal(err error) bool {
+	if wrongPassword(err) {
+		return !r.streamed
+	}
+	return isFatal(err)
+}
+
+func isFatal(err error) bool {
+	return err != nil && !passes(err) && !wrongPassword(err) && !errors.Is(err, context.Canceled)
+}
+
+// retryDelay is the pause before the next session. A slot that is in use is
+// asked for at an even pace, so that a successor takes over within a second.
+func retryDelay(err error, attempt int) time.Duration {
+	if errors.Is(err, replication.ErrSlotInUse) {
+		return 500 * time.Millisecond
+	}
+	return time.Duration(float64(sink.Backoff(attempt)) * (0.5 + rand.Float64()/2))
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-timer.C:
+		return nil
+	}
+}

@@ -1,0 +1,285 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pglogrepl"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/decoder"
+	"outbox-relay/replication"
+	"outbox-relay/sink"
+)
+
+// openSlot makes sure that slot and checkpoint belong together, and makes both
+// on the first run. Whatever else it finds, somebody has restored or replaced
+// something: it says what, and never guesses.
+func (s *session) openSlot(ctx context.Context) error {
+	slot := s.table.Slot
+	_, noSlot := replication.ReadSlot(ctx, s.sql, slot)
+	if noSlot != nil && !errors.Is(noSlot, replication.ErrNoSlot) {
+		return noSlot
+	}
+	cp, noCheckpoint := s.store.Read(ctx)
+	if noCheckpoint != nil && !errors.Is(noCheckpoint, checkpoint.ErrNone) {
+		return noCheckpoint
+	}
+	switch {
+	case noSlot == nil && noCheckpoint == nil:
+		return nil
+	case noSlot == nil:
+		return fmt.Errorf("slot %[1]s exists and has no checkpoint: it was not made by this relay, or its row in outbox_relay_checkpoints was deleted, so what it has published is not known: "+
+			"if nothing needs the slot, SELECT pg_drop_replication_slot('%[1]s') and start again: events that are committed until then stay pending in the table", slot)
+	case noCheckpoint == nil && cp.Phase == checkpoint.Streaming:
+		return fmt.Errorf("slot %[1]s is gone, and its checkpoint says that it was read up to %[2]s: events committed since then came through no slot: "+
+			"they stand in the table with status 'pending'. To go on with new events only, DELETE FROM %[3]s.outbox_relay_checkpoints WHERE slot = '%[1]s' and start again; "+
+			"insert the pending rows anew to publish them", slot, cp.Confirmed, s.table.Schema)
+	default:
+		return s.createSlot(ctx)
+	}
+}
+
+// createSlot writes the checkpoint before it makes the slot, so that a slot
+// without a checkpoint is never its own.
+func (s *session) createSlot(ctx context.Context) error {
+	pending, err := s.table.HasPending(ctx, s.sql)
+	if err != nil {
+		return err
+	}
+	if pending {
+		s.log.Warn("the table has pending rows from before the slot: they are not published, and stay pending", "table", s.table.String())
+	}
+	err = s.store.Create(ctx, checkpoint.Checkpoint{SystemID: s.system.ID, Timeline: s.system.Timeline,
+		Stream: s.stream.Name, StreamCreated: s.stream.Created, Sequence: s.stream.Last})
+	if err != nil {
+		return err
+	}
+	var version int
+	if err := s.sql.QueryRow(ctx, `select current_setting('server_version_num')::int`).Scan(&version); err != nil {
+		return fmt.Errorf("ask Postgres for its version: %w", err)
+	}
+	s.log.Info("creating the slot: this waits for every transaction that is open in the cluster", "slot", s.table.Slot)
+	point, err := s.conn.CreateSlot(ctx, s.table.Slot, version >= 170000)
+	if err != nil {
+		return err
+	}
+	s.log.Info("created the slot", "slot", s.table.Slot, "consistent_point", point.String())
+	return nil
+}
+
+// resume starts to stream and finds out where: it matches the messages that
+// follow the checkpoint in the stream with the events that follow it in the
+// slot, then records that publishing begins behind them.
+func (s *session) resume(ctx context.Context) (origin, error) {
+	state, err := s.table.State(ctx, s.sql)
+	if err != nil {
+		return origin{}, err
+	}
+	from := origin{state: state}
+	if from.reader, from.checkpoint, err = s.start(ctx); err != nil {
+		return from, err
+	}
+	cp := &from.checkpoint
+	if cp.Phase == checkpoint.Creating { // nothing was read from the slot yet
+		cp.Position = checkpoint.Position{Commit: from.reader.Confirmed()}
+		cp.Confirmed = from.reader.Confirmed()
+		cp.Phase = checkpoint.Streaming
+	}
+	read := false
+	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int) ([]string, error) {
+		read = true
+		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
+		return s.readIDs(ctx, from.reader, cp.Position, state.WALEnd, limit)
+	})
+	if from.found.Foreign > 0 {
+		cp.Foreign = true
+		s.relay.metrics.foreign.Add(float64(from.found.Foreign))
+		s.log.Warn("the stream has messages that are not this relay's", "messages", from.found.Foreign,
+			"remedy", "deny others to publish on the relay's subjects")
+	}
+	if err != nil {
+		return from, s.explainResume(ctx, *cp, err)
+	}
+	if read {
+		if from.reader, err = s.restart(ctx); err != nil {
+			return from, err
+		}
+	}
+	cp.Timeline, cp.Bound, cp.Publication = s.system.Timeline, unrecordedBound, state.Publication
+	cp.Confirmed = max(cp.Confirmed, from.reader.Confirmed())
+	return from, s.store.Begin(ctx, *cp)
+}
+
+// explainResume keeps in mind that other messages were seen, so that the next
+// start is no surer than this one, and adds the choice.
+func (s *session) explainResume(ctx context.Context, cp checkpoint.Checkpoint, err error) error {
+	var ambiguous *sink.AmbiguousError
+	if !errors.As(err, &ambiguous) {
+		return err
+	}
+	if noted := s.store.NoteForeign(ctx); noted != nil {
+		return noted
+	}
+	return fmt.Errorf("%w: see which events after %s were delivered; then choose: to take all up to message %d as this relay's or others' and publish every event after the checkpoint again, "+
+		"UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, foreign_seen = false, unrecorded_bound = 0 WHERE slot = '%s'",
+		err, cp.Position, s.stream.Last, s.table.Schema, s.stream.Last, s.table.Slot)
+}
+
+// verify holds the checkpoint against slot, server, stream and publication.
+func (s *session) verify(ctx context.Context, cp checkpoint.Checkpoint, slot replication.Slot) error {
+	fresh := fmt.Sprintf("to start anew with new events only: SELECT pg_drop_replication_slot('%s'); DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s'",
+		s.table.Slot, s.table.Schema, s.table.Slot)
+	switch {
+	case cp.SystemID != s.system.ID:
+		return fmt.Errorf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied: %s", cp.SystemID, s.system.ID, fresh)
+	case cp.Timeline > s.system.Timeline:
+		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: it is an old primary: connect to the current one", cp.Timeline, s.system.Timeline)
+	case cp.Timeline < s.system.Timeline:
+		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: a standby was promoted or a backup restored, so the stream can hold events whose transactions are lost: %s", cp.Timeline, s.system.Timeline, fresh)
+	case cp.Stream != s.stream.Name:
+		return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, fresh)
+	case !cp.StreamCreated.Equal(s.stream.Created):
+		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows the one made at %s: it was deleted and made again: %s", cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), fresh)
+	case cp.Phase == checkpoint.Streaming && slot.Confirmed > cp.Confirmed:
+		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand: events between are not in it. They stand in the table with status 'pending'; %s",
+			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
+	}
+	if err := s.verifyPublication(ctx, cp); err != nil {
+		return err
+	}
+	return s.verifyStream(ctx, cp)
+}
+
+func (s *session) verifyPublication(ctx context.Context, cp checkpoint.Checkpoint) error {
+	state, err := s.table.State(ctx, s.sql)
+	if err != nil {
+		return err
+	}
+	if cp.Publication == "" || cp.Publication == state.Publication {
+		return nil
+	}
+	return s.publicationChanged(ctx)
+}
+
+// publicationChanged says what is wrong with the publication now, or that it
+// was changed and inserts may have been passed over meanwhile.
+func (s *session) publicationChanged(ctx context.Context) error {
+	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
+		return err
+	}
+	return fmt.Errorf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over; they stand in the table with status 'pending'. "+
+		"See to those rows, then accept the publication as it is: UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'",
+		s.table.Publication, s.table, s.table.Schema, s.table.Slot)
+}
+
+// verifyStream makes sure that the stream still holds, or held, the message
+// that the checkpoint stands on.
+func (s *session) verifyStream(ctx context.Context, cp checkpoint.Checkpoint) error {
+	if err := s.awaitSequence(ctx, cp.Sequence); err != nil {
+		return err
+	}
+	if cp.MessageID == "" || cp.Sequence == 0 {
+		return nil
+	}
+	id, err := s.relay.client.MessageID(ctx, s.stream.Name, cp.Sequence)
+	switch {
+	case sink.Gone(err):
+		return nil
+	case err != nil:
+		return err
+	case id != cp.MessageID:
+		return fmt.Errorf("message %d of stream %s has id %q, and the checkpoint knows it as %q: the broker forgot messages that it had acknowledged, and stored others since: %s",
+			cp.Sequence, s.stream.Name, id, cp.MessageID, s.forgotten(cp))
+	}
+	return nil
+}
+
+// awaitSequence gives a leader that is behind a moment to catch up.
+func (s *session) awaitSequence(ctx context.Context, sequence uint64) error {
+	for deadline := time.Now().Add(10 * time.Second); s.stream.Last < sequence; {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("stream %s ends at sequence %d, and the checkpoint stands at %d: the broker forgot messages %d to %d, which it had acknowledged: %s",
+				s.stream.Name, s.stream.Last, sequence, s.stream.Last+1, sequence, s.forgotten(checkpoint.Checkpoint{Sequence: sequence}))
+		}
+		if err := pause(ctx, 250*time.Millisecond); err != nil {
+			return err
+		}
+		if err := s.connectStream(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *session) forgotten(checkpoint.Checkpoint) string {
+	return fmt.Sprintf("publish the lost events again from their rows, then go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
+		s.table.Schema, s.stream.Last, s.table.Slot)
+}
+
+// readIDs reads the ids of the first events behind a position, at most limit,
+// up to an LSN. The session has then been read from, and must be restarted.
+func (s *session) readIDs(ctx context.Context, reader *replication.Session, after checkpoint.Position, end pglogrepl.LSN, limit int) ([]string, error) {
+	collect := &collector{decoder: decoder.New(s.layout.OID, s.table.Columns), after: after, end: end, limit: limit}
+	reading, cancel := context.WithCancel(ctx)
+	defer cancel()
+	asking := time.NewTicker(100 * time.Millisecond)
+	defer asking.Stop()
+	asked := make(chan struct{})
+	go func() {
+		defer close(asked)
+		for {
+			select {
+			case <-reading.Done():
+				return
+			case <-asking.C:
+				reader.Ask()
+			}
+		}
+	}()
+	err := reader.Run(reading, collect)
+	cancel()
+	<-asked
+	if errors.Is(err, errEnough) {
+		return collect.ids, nil
+	}
+	return nil, first(context.Cause(ctx), err)
+}
+
+var errEnough = errors.New("enough")
+
+// collector is a handler that collects ids.
+type collector struct {
+	decoder *decoder.Decoder
+	after   checkpoint.Position
+	end     pglogrepl.LSN
+	limit   int
+	ids     []string
+}
+
+func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
+	kind, err := c.decoder.Decode(data)
+	switch e := &c.decoder.Event; {
+	case err != nil:
+		return fmt.Errorf("decode the message at %s: %w", start, err)
+	case kind == decoder.Commit && c.decoder.End >= c.end:
+		return errEnough
+	case kind != decoder.Insert || e.Position.Compare(c.after) <= 0 || !pending(e):
+		return nil
+	default:
+		c.ids = append(c.ids, string(e.ID))
+	}
+	if len(c.ids) >= c.limit {
+		return errEnough
+	}
+	return nil
+}
+
+func (c *collector) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
+	if walEnd >= c.end && !c.decoder.InTransaction() {
+		return errEnough
+	}
+	return nil
+}

@@ -1,0 +1,307 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"golang.org/x/sync/errgroup"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/outbox"
+	"outbox-relay/replication"
+	"outbox-relay/sink"
+)
+
+// errRecovery says that the server is a standby.
+var errRecovery = errors.New("the server is in recovery: a relay reads from the primary (several hosts? add target_session_attrs=read-write)")
+
+// session is one run of the pipeline, from connecting to whatever ends it.
+// Nothing of it outlives it: the next one starts from the checkpoint.
+type session struct {
+	relay *Relay
+	table outbox.Table
+	log   *slog.Logger
+
+	sql    *pgx.Conn // the recorder's once it runs
+	store  *checkpoint.Store
+	layout outbox.Layout
+	config *pgconn.Config
+
+	system replication.System
+	conn   *replication.Conn
+	stream sink.Stream
+}
+
+// session opens a session and runs it.
+func (r *Relay) session(ctx context.Context) error {
+	s := &session{relay: r, table: r.config.Table, log: r.log}
+	defer s.close()
+	if err := s.connect(ctx); err != nil {
+		return err
+	}
+	if err := s.openSlot(ctx); err != nil {
+		return err
+	}
+	start, err := s.resume(ctx)
+	if err != nil {
+		return err
+	}
+	return s.run(ctx, start)
+}
+
+// close ends both connections to Postgres, without confirming anything.
+func (s *session) close() {
+	if s.conn != nil {
+		s.conn.Close()
+	}
+	if s.sql != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		_ = s.sql.Close(ctx)
+	}
+}
+
+// connect reaches both ends and checks that they can keep the promise.
+func (s *session) connect(ctx context.Context) error {
+	if err := s.connectSQL(ctx); err != nil {
+		return err
+	}
+	var err error
+	if s.layout, err = s.table.Inspect(ctx, s.sql); err != nil {
+		return err
+	}
+	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
+		return err
+	}
+	if err := s.connectReplication(ctx); err != nil {
+		return err
+	}
+	return s.connectStream(ctx)
+}
+
+func (s *session) connectSQL(ctx context.Context) error {
+	url, err := s.relay.config.Postgres()
+	if err != nil {
+		return err
+	}
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+	}
+	s.config = config.Config.Copy()
+	for name, value := range map[string]string{
+		"application_name":    "outbox-relay recorder",
+		"synchronous_commit":  "on",
+		"TimeZone":            "UTC",
+		"DateStyle":           "ISO, MDY",
+		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+	} {
+		config.RuntimeParams[name] = value
+	}
+	config.DialFunc = (&net.Dialer{
+		Timeout:         10 * time.Second,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
+	}).DialContext
+	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
+		// "The transaction has already committed locally, but might not have
+		// been replicated to the standby." (syncrep.c)
+		if notice.Severity == "WARNING" && notice.Code == "01000" && s.store != nil {
+			s.store.NotReplicated()
+		}
+	}
+	if s.sql, err = pgx.ConnectConfig(ctx, config); err != nil {
+		return explainConnect(err)
+	}
+	s.store = checkpoint.NewStore(s.sql, s.table.Schema, s.table.Slot)
+	return s.checkServer(ctx)
+}
+
+// explainConnect adds what to do where it isn't plain.
+func explainConnect(err error) error {
+	var pgErr *pgconn.PgError
+	switch {
+	case wrongPassword(err):
+		return fmt.Errorf("connect to Postgres: %w: check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf", err)
+	case errors.As(err, &pgErr) && pgErr.Code == "08P01":
+		return fmt.Errorf("connect to Postgres: %w: is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself", err)
+	}
+	return fmt.Errorf("connect to Postgres: %w", err)
+}
+
+func (s *session) checkServer(ctx context.Context) error {
+	var version int
+	var walLevel string
+	var recovery bool
+	err := s.sql.QueryRow(ctx, `select current_setting('server_version_num')::int, current_setting('wal_level'),
+		pg_catalog.pg_is_in_recovery()`).Scan(&version, &walLevel, &recovery)
+	switch {
+	case err != nil:
+		return fmt.Errorf("ask Postgres for its version: %w", err)
+	case version < 150000:
+		return fmt.Errorf("Postgres is version %d: the relay needs 15 or newer", version/10000)
+	case recovery:
+		return errRecovery
+	case walLevel != "logical":
+		return fmt.Errorf("wal_level is %q: the relay reads from logical decoding: ALTER SYSTEM SET wal_level = 'logical', then restart Postgres", walLevel)
+	}
+	return nil
+}
+
+func (s *session) connectReplication(ctx context.Context) error {
+	conn, err := replication.Connect(ctx, s.config)
+	if err != nil {
+		return explainConnect(err)
+	}
+	s.conn = conn
+	s.system, err = conn.Identify(ctx)
+	return err
+}
+
+// connectStream connects to NATS once for the life of the relay, and opens the
+// stream.
+func (s *session) connectStream(ctx context.Context) error {
+	config := s.relay.config.Sink(s.system)
+	if s.relay.client == nil {
+		client, err := sink.Connect(ctx, config, s.log)
+		if err != nil {
+			return err
+		}
+		s.relay.client = client
+	}
+	var err error
+	s.stream, err = s.relay.client.OpenStream(ctx, config.Stream)
+	return err
+}
+
+// start begins to stream, and claims the checkpoint: only who holds the slot
+// claims, so that the newest claim is that of the relay that reads.
+func (s *session) start(ctx context.Context) (*replication.Session, checkpoint.Checkpoint, error) {
+	slot, err := replication.ReadSlot(ctx, s.sql, s.table.Slot)
+	if err != nil {
+		return nil, checkpoint.Checkpoint{}, err
+	}
+	if err := slot.Check(s.system.Database); err != nil {
+		return nil, checkpoint.Checkpoint{}, err
+	}
+	reader, err := s.conn.Start(ctx, s.table.Slot, s.table.Publication, slot.Confirmed)
+	if err != nil {
+		return nil, checkpoint.Checkpoint{}, err
+	}
+	cp, err := s.store.Claim(ctx)
+	if err != nil {
+		return nil, cp, err
+	}
+	// Now nobody else moves the slot.
+	if slot, err = replication.ReadSlot(ctx, s.sql, s.table.Slot); err != nil {
+		return nil, cp, err
+	}
+	reader.Confirm(slot.Confirmed)
+	return reader, cp, s.verify(ctx, cp, slot)
+}
+
+// restart gives the slot's events again to a session that has read some.
+func (s *session) restart(ctx context.Context) (*replication.Session, error) {
+	// The server may not have noticed yet that the first connection is gone.
+	for deadline := time.Now().Add(5 * time.Second); ; {
+		s.conn.Close()
+		if err := s.connectReplication(ctx); err != nil {
+			return nil, err
+		}
+		reader, _, err := s.start(ctx)
+		if !errors.Is(err, replication.ErrSlotInUse) || time.Now().After(deadline) {
+			return reader, err
+		}
+		if err := pause(ctx, 20*time.Millisecond); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// origin is where a session takes up the work.
+type origin struct {
+	reader     *replication.Session
+	checkpoint checkpoint.Checkpoint
+	found      sink.Found
+	state      outbox.State
+}
+
+// run is the pipeline: the reader's goroutine reads, decodes and publishes;
+// the chain's settles what goes wrong; the recorder's records and confirms.
+func (s *session) run(ctx context.Context, from origin) error {
+	cp := from.checkpoint
+	tracker := checkpoint.NewTracker(unrecordedBound, cp.Sequence, from.reader.Confirmed())
+	recorder := newRecorder(s, tracker, from)
+	p := newPipeline(s, tracker, recorder, from)
+
+	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	group, work := errgroup.WithContext(work)
+	group.Go(func() error { return p.chain.Run(work) })
+	group.Go(func() error { return recorder.run(work) })
+
+	reading, stop := context.WithCancel(ctx)
+	defer stop()
+	defer context.AfterFunc(work, stop)() // a part that fails ends the reading
+	p.ctx = reading
+
+	s.relay.streamed = true
+	s.relay.state.Store(Streaming)
+	s.log.Info("streaming", "slot", s.table.Slot, "stream", s.stream.Name, "position", cp.Position.String(), "sequence", s.stream.Last)
+	err := from.reader.Run(reading, p)
+
+	if p.halted != nil || (ctx.Err() != nil && work.Err() == nil) {
+		s.relay.state.Store(Stopping)
+		if drained := s.drain(work, p, recorder, from.reader); drained != nil {
+			s.log.Warn("stopped before all was done: the next start takes it up", "reason", drained)
+		}
+	}
+	cancel()
+	return first(p.halted, ended(group.Wait()), ended(err))
+}
+
+// drain brings what was read to its end, within the grace.
+func (s *session) drain(work context.Context, p *pipeline, recorder *recorder, reader *replication.Session) error {
+	ctx, cancel := context.WithTimeoutCause(work, s.relay.config.Grace,
+		fmt.Errorf("OUTBOX_SHUTDOWN_GRACE of %s is over", s.relay.config.Grace))
+	defer cancel()
+	events, _ := p.chain.InFlight()
+	s.log.Info("stopping", "inflight_events", events)
+	clean := p.chain.Drain(ctx)
+	if err := recorder.flush(ctx, clean == nil); err != nil {
+		return err
+	}
+	if clean != nil {
+		return clean
+	}
+	if p.halted != nil {
+		return nil // the session is not to be finished: its reader is in the middle of an event
+	}
+	if err := reader.Finish(ctx); err != nil {
+		return fmt.Errorf("end the replication session: %w", err)
+	}
+	s.log.Info("stopped", "confirmed", reader.Confirmed().String())
+	return nil
+}
+
+// ended leaves out how a part says that it was told to end.
+func ended(err error) error {
+	if errors.Is(err, context.Canceled) || errors.Is(err, replication.ErrStopped) {
+		return nil
+	}
+	return err
+}
+
+func first(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,48 @@
+package sink
+
+import "context"
+
+// Found tells which events of the slot already stand in the stream.
+type Found struct {
+	Proved  int            // events up to the last one that is stored
+	Stored  map[int]uint64 // their sequences, by their place among the events, from 0
+	Foreign int            // messages that are not this relay's
+}
+
+// Overtaken returns the place of the first event before a stored one that is
+// itself not stored, or -1.
+func (f Found) Overtaken() int {
+	for i := range f.Proved {
+		if _, stored := f.Stored[i]; !stored {
+			return i
+		}
+	}
+	return -1
+}
+
+// Resume matches the messages after sequence with the events that follow the
+// checkpoint. At most bound of these can be stored. events is called when there
+// is something to match, and returns the ids of the first events, at most
+// limit. foreign says that messages of others were ever seen in the stream.
+func (c *Client) Resume(ctx context.Context, s Stream, after uint64, foreign bool, bound int,
+	events func(limit int) ([]string, error)) (Found, error) {
+	tail, err := c.tail(ctx, s, after, bound)
+	if err != nil || len(tail) == 0 {
+		return Found{}, err
+	}
+	ids, err := events(max(bound, len(tail)))
+	if err != nil {
+		return Found{}, err
+	}
+	candidates := make([]candidate, len(ids))
+	for i, id := range ids {
+		candidates[i] = candidate{id: id, maybe: i < bound}
+	}
+	v, ambiguity := match(tail, candidates, foreign)
+	found := Found{Proved: v.proved, Stored: v.stored, Foreign: len(v.foreign) + v.lost}
+	if ambiguity != nil {
+		ambiguity.Stream = s.Name
+		return found, ambiguity
+	}
+	return found, nil
+}
