@@ -42,13 +42,13 @@ func Up(ctx context.Context, config *pgx.ConnConfig, t Target, log *slog.Logger)
 	config.RuntimeParams["search_path"] = quote(t.Schema)
 	db := stdlib.OpenDB(*config)
 	defer db.Close()
-	if err := up(ctx, db, t, log); err != nil {
+	if err := migrate(ctx, db, t, log); err != nil {
 		return fmt.Errorf("migrate %s: %w", t, explain(err, t, config))
 	}
 	return nil
 }
 
-func up(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error {
+func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error {
 	if err := checkServer(ctx, db, t, log); err != nil {
 		return err
 	}
@@ -166,11 +166,20 @@ func applyFiles(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) (ap
 		case errors.Is(err, goose.ErrNoNextVersion):
 			return applied, nil
 		case err != nil:
-			return applied, err
+			return applied, cause(err)
 		}
 		applied = true
 		log.Info("migration applied", "file", names[result.Source.Version], "table", t.String(), "duration", result.Duration)
 	}
+}
+
+// cause is what goose wraps; the file's name is in it already.
+func cause(err error) error {
+	var partial *goose.PartialError
+	if errors.As(err, &partial) {
+		return partial.Err
+	}
+	return err
 }
 
 // run sends the file whole, as psql does; goose's parser would split it.
@@ -242,8 +251,10 @@ func explain(err error, t Target, config *pgx.ConnConfig) error {
 	case undefinedColumn:
 		return fmt.Errorf("%w; what the message needs has to be a column of %s: add it, or leave it out of the configuration", err, t)
 	}
-	if pgErr.Hint != "" {
-		return fmt.Errorf("%w; %s", err, pgErr.Hint)
+	for _, more := range []string{pgErr.Detail, pgErr.Hint} {
+		if more != "" {
+			err = fmt.Errorf("%w; %s", err, more)
+		}
 	}
 	return err
 }

@@ -1,0 +1,114 @@
+package migrations
+
+import (
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+var usual = Target{Schema: "public", Table: "events", Publication: "outbox_relay"}
+
+// odd has what breaks a careless rewrite: case, spaces, quotes, a semicolon, a
+// comment, a backslash, a format directive.
+var odd = Target{Schema: `Odd "Shop";`, Table: `or'der -- Ev%s\1 "x"`, Publication: `pub 'of' "it"; --\`}
+
+func render(t *testing.T, target Target) []File {
+	t.Helper()
+	rendered, err := Render(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return rendered
+}
+
+func TestRenderUsualIsTheFilesToTheByte(t *testing.T) {
+	rendered := render(t, usual)
+	if len(rendered) != 2 {
+		t.Fatalf("%d files, want 2", len(rendered))
+	}
+	for _, f := range rendered {
+		want, err := os.ReadFile(f.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f.SQL != string(want) {
+			t.Errorf("%s differs from the embedded file", f.Name)
+		}
+	}
+}
+
+func TestDefinitionIsTheUsersToTheLetter(t *testing.T) {
+	definition, err := os.ReadFile("testdata/definition.sql")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(render(t, usual)[0].SQL, string(definition)) {
+		t.Error("001 does not hold testdata/definition.sql to the letter")
+	}
+}
+
+func TestRenderRenames(t *testing.T) {
+	var all strings.Builder
+	for _, f := range render(t, Target{Schema: "shop", Table: "order_events", Publication: "orders"}) {
+		all.WriteString(f.SQL)
+	}
+	sql := all.String()
+	for _, want := range []string{
+		`set search_path to "shop";`,
+		`create table if not exists "order_events"`,
+		`create or replace function "on_order_events_create"() returns trigger`,
+		`create or replace trigger "on_order_events_create" before insert on "order_events"`,
+		`for each row execute function "on_order_events_create"();`,
+		`constraint "order_events_id_primary_key" primary key (id)`,
+		`constraint "order_events_aggregate_type_check" check`,
+		`new.id = 'event_' || "shop".gen_random_ulid(); -- gen_random_uuid() or gen_random_ulid()`,
+		`create or replace function "shop".gen_random_ulid()`,
+		`select outbox_relay_publish('orders', '"order_events"', array[`,
+		`create table if not exists outbox_relay_checkpoints`,
+		`comment on column "order_events".headers`,
+	} {
+		if !strings.Contains(sql, want) {
+			t.Errorf("lacks %s", want)
+		}
+	}
+	code := regexp.MustCompile(`--[^\n]*|'(?:[^']|'')*'`).ReplaceAllString(sql, "")
+	if left := regexp.MustCompile(`\b(on_)?events\w*|\boutbox_relay\b`).FindAllString(code, -1); left != nil {
+		t.Errorf("old names are left: %q", left)
+	}
+}
+
+func TestRenameHitsWholeTokensOnly(t *testing.T) {
+	identifiers := map[string]string{"events": `"X"`}
+	literals := map[string]string{"events": "it's"}
+	const in = `events my_events events2 "events" 'events' 'the events' -- events
+$events$ events.events 'a''events'`
+	const want = `"X" my_events events2 "events" 'it''s' 'the events' -- events
+$"X"$ "X"."X" 'a''events'`
+	if got := rename(in, identifiers, literals); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestRenderRefusesNames(t *testing.T) {
+	for name, change := range map[string]func(*Target){
+		"empty schema":     func(t *Target) { t.Schema = "" },
+		"long table":       func(t *Target) { t.Table = strings.Repeat("e", 43) },
+		"long publication": func(t *Target) { t.Publication = strings.Repeat("p", 64) },
+		"control":          func(t *Target) { t.Table = "a\nb" },
+		"not UTF-8":        func(t *Target) { t.Table = "\xff" },
+		"dollar quote":     func(t *Target) { t.Schema = "a$do$" },
+		"empty column":     func(t *Target) { t.Columns = []string{""} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			target := usual
+			change(&target)
+			if rendered, err := Render(target); err == nil {
+				t.Errorf("got %d files, want an error", len(rendered))
+			}
+		})
+	}
+	longest := usual
+	longest.Table = strings.Repeat("e", 42)
+	render(t, longest)
+}

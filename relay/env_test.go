@@ -1,0 +1,221 @@
+package relay_test
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"outbox-relay/internal/pgserver"
+	"outbox-relay/internal/testenv"
+	"outbox-relay/migrations"
+)
+
+// bundle is a test's own database, migrated, with its own NATS server.
+type bundle struct {
+	testing.TB
+	cluster *pgserver.Cluster
+	url     string
+	sql     *pgx.Conn
+	nats    *testenv.NATSServer
+	nc      *nats.Conn
+	js      jetstream.JetStream
+	env     map[string]string
+}
+
+// setup uses the shared Postgres, with a slot named after the test.
+func setup(t testing.TB) *bundle {
+	t.Helper()
+	return setupOn(t, testenv.Postgres(t), testenv.NATSOptions{})
+}
+
+func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
+	t.Helper()
+	b := &bundle{TB: t, cluster: cluster, url: testenv.Database(t, cluster), nats: testenv.NATS(t, options)}
+	config, err := pgx.ParseConfig(b.url)
+	b.must(err)
+	b.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
+		slog.New(slog.DiscardHandler)))
+	b.sql = b.connect()
+	b.env = map[string]string{
+		"OUTBOX_POSTGRES_URL": b.url,
+		"OUTBOX_SLOT":         b.slot(),
+		"OUTBOX_NATS_URL":     b.nats.URL(),
+		"OUTBOX_HTTP_ADDR":    "",
+		"OUTBOX_LOG_LEVEL":    "debug",
+	}
+	if !options.NoJetStream {
+		b.dial()
+	}
+	return b
+}
+
+// dial connects the test itself to NATS.
+func (b *bundle) dial() {
+	var err error
+	b.nc, err = nats.Connect(b.nats.URL(), nats.MaxReconnects(-1), nats.ReconnectWait(50*time.Millisecond))
+	b.must(err)
+	b.Cleanup(b.nc.Close)
+	b.js, err = jetstream.New(b.nc)
+	b.must(err)
+}
+
+// slot is unique in the cluster, which tests share.
+func (b *bundle) slot() string {
+	config, err := pgx.ParseConfig(b.url)
+	b.must(err)
+	return config.Database
+}
+
+func (b *bundle) must(err error) {
+	if err != nil {
+		b.Helper()
+		b.Fatal(err)
+	}
+}
+
+// connect opens a connection of the application.
+func (b *bundle) connect() *pgx.Conn {
+	b.Helper()
+	conn, err := pgx.Connect(b.Context(), b.url)
+	b.must(err)
+	b.Cleanup(func() { conn.Close(context.Background()) })
+	return conn
+}
+
+func (b *bundle) exec(sql string, args ...any) {
+	b.Helper()
+	_, err := b.sql.Exec(b.Context(), sql, args...)
+	b.must(err)
+}
+
+// start starts the relay, with variables that change its environment.
+func (b *bundle) start(changes ...string) *testenv.Relay {
+	b.Helper()
+	return testenv.StartRelay(b, b.with(changes...))
+}
+
+// streaming starts the relay and waits until it streams.
+func (b *bundle) streaming(changes ...string) *testenv.Relay {
+	b.Helper()
+	r := b.start(changes...)
+	r.WaitLog("msg=streaming")
+	return r
+}
+
+func (b *bundle) with(changes ...string) map[string]string {
+	env := map[string]string{}
+	for name, value := range b.env {
+		env[name] = value
+	}
+	for _, change := range changes {
+		name, value, _ := strings.Cut(change, "=")
+		env["OUTBOX_"+name] = value
+	}
+	return env
+}
+
+// insert inserts n events in one statement and returns their ids in order.
+func (b *bundle) insert(n int) []string {
+	b.Helper()
+	return insert(b, b.sql, n)
+}
+
+// querier is a connection or a transaction.
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+func insert(b *bundle, q querier, n int) []string {
+	b.Helper()
+	rows, err := q.Query(b.Context(), `insert into events (aggregate_type, event_type, payload)
+		select 'order', 'created', jsonb_build_object('n', i) from generate_series(1, $1) i returning id`, n)
+	b.must(err)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	b.must(err)
+	return ids
+}
+
+// message is one message of the stream.
+type message struct {
+	*jetstream.RawStreamMsg
+	id string
+}
+
+// messages reads the whole stream.
+func (b *bundle) messages() []message {
+	b.Helper()
+	stream, err := b.js.Stream(b.Context(), "EVENTS")
+	if err != nil {
+		return nil
+	}
+	info, err := stream.Info(b.Context())
+	b.must(err)
+	var messages []message
+	for seq := max(1, info.State.FirstSeq); seq <= info.State.LastSeq; seq++ {
+		raw, err := stream.GetMsg(b.Context(), seq)
+		if err == jetstream.ErrMsgNotFound {
+			continue
+		}
+		b.must(err)
+		messages = append(messages, message{raw, raw.Header.Get("Nats-Msg-Id")})
+	}
+	return messages
+}
+
+func (b *bundle) last() uint64 {
+	stream, err := b.js.Stream(b.Context(), "EVENTS")
+	if err != nil {
+		return 0
+	}
+	return stream.CachedInfo().State.LastSeq
+}
+
+// requireStream waits until the stream holds as many messages as want, and
+// compares their ids: each exactly once, in that order.
+func (b *bundle) requireStream(want []string) []message {
+	b.Helper()
+	testenv.Eventually(b, fmt.Sprintf("%d messages in the stream", len(want)), func() bool { return b.last() >= uint64(len(want)) })
+	messages := b.messages()
+	got := make([]string, len(messages))
+	for i, m := range messages {
+		got[i] = m.id
+	}
+	if diff := firstDifference(got, want); diff != "" {
+		b.Fatal(diff)
+	}
+	return messages
+}
+
+func firstDifference(got, want []string) string {
+	for i := range min(len(got), len(want)) {
+		if got[i] != want[i] {
+			return fmt.Sprintf("message %d of %d has id %s, want %s", i+1, len(got), got[i], want[i])
+		}
+	}
+	if len(got) != len(want) {
+		return fmt.Sprintf("the stream has %d messages, want %d", len(got), len(want))
+	}
+	return ""
+}
+
+// requireStatus waits until all these rows have the status.
+func (b *bundle) requireStatus(status string, ids []string) {
+	b.Helper()
+	testenv.Eventually(b, fmt.Sprintf("%d rows %s", len(ids), status), func() bool {
+		return b.count(`select count(*) from events where id = any ($1) and status = $2`, ids, status) == len(ids)
+	})
+}
+
+func (b *bundle) count(sql string, args ...any) int {
+	b.Helper()
+	var n int
+	b.must(b.sql.QueryRow(b.Context(), sql, args...).Scan(&n))
+	return n
+}
