@@ -219,3 +219,11 @@ func (b *bundle) count(sql string, args ...any) int {
 	b.must(b.sql.QueryRow(b.Context(), sql, args...).Scan(&n))
 	return n
 }
+
+// requireNoRows waits until none of the rows is left.
+func (b *bundle) requireNoRows(ids []string) {
+	b.Helper()
+	testenv.Eventually(b, fmt.Sprintf("%d rows deleted", len(ids)), func() bool {
+		return b.count(`select count(*) from events where id = any ($1)`, ids) == 0
+	})
+}
