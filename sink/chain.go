@@ -70,6 +70,7 @@ type Chain struct {
 	quiet      time.Time // when something was last sent, answered or reconnected
 	heard      time.Time // when something was last answered
 	foreign    bool      // messages of others were seen
+	probing    bool      // the event in the window is alone until it is answered
 	broken     error
 	trouble    chan struct{}
 }
@@ -88,6 +89,10 @@ type entry struct {
 	refused  string // why the server can never store it
 	twin     uint64 // sequence that a duplicate answer named
 }
+
+// probeAfter is how long the stream may be silent before the next event is sent
+// alone.
+const probeAfter = 10 * time.Millisecond
 
 // keepBuffer is the largest buffer that an entry keeps for its next event.
 const keepBuffer = 16 << 10
@@ -207,14 +212,19 @@ func (ch *Chain) Broken() error {
 }
 
 // room waits until an event of that size fits into the window. One event always
-// fits into an empty one.
+// fits into an empty one. After a pause it is alone there until it is answered:
+// had others published meanwhile, it would be refused, and the one behind it
+// would fit the place of the other's message and overtake it.
 func (ch *Chain) room(ctx context.Context, size int) error {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	config := &ch.client.config
+	if ch.head == ch.tail && time.Since(ch.heard) > probeAfter {
+		ch.probing = true
+	}
 	fits := func() bool {
 		n := int(ch.tail - ch.head)
-		return ch.broken == nil && (n == 0 || n < config.MaxInflight && ch.bytes+size <= config.MaxBytes)
+		return ch.broken == nil && (n == 0 || !ch.probing && n < config.MaxInflight && ch.bytes+size <= config.MaxBytes)
 	}
 	if fits() {
 		return nil
@@ -330,6 +340,7 @@ func (ch *Chain) take(en *entry, a ack) {
 		ch.breakWith(fmt.Errorf("a message is stored at sequence %d and was expected at %d", a.sequence, en.sequence))
 	default:
 		en.stored = true
+		ch.probing = false
 		ch.pop()
 	}
 }

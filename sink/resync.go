@@ -290,6 +290,7 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 	defer r.mu.Unlock()
 	r.generation++
 	r.next = stream.Last
+	r.probing = false
 	r.broken = nil // an answer to what is sent now may break the chain again
 	r.limit = int(r.client.nc.MaxPayload())
 	if stream.MaxMsgSize >= 0 {
