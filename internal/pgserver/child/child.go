@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"runtime"
 	"syscall"
+	"time"
 )
 
 // Process is a running or ended child. Its methods are safe for concurrent use.
@@ -75,4 +76,16 @@ func (p *Process) Done() <-chan struct{} { return p.done }
 func (p *Process) ExitCode() int {
 	<-p.done
 	return p.cmd.ProcessState.ExitCode()
+}
+
+// Usage waits for the end and returns what the child used: its CPU time, user
+// and system, and its largest resident set in bytes.
+func (p *Process) Usage() (cpu time.Duration, memory int64) {
+	<-p.done
+	state := p.cmd.ProcessState
+	cpu = state.UserTime() + state.SystemTime()
+	if usage, ok := state.SysUsage().(*syscall.Rusage); ok {
+		memory = usage.Maxrss * maxrssUnit
+	}
+	return cpu, memory
 }
