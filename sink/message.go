@@ -71,6 +71,8 @@ type builder struct {
 	values  [valueCount]string
 	extra   []string // names of headers that only this event has
 	scratch []byte
+	fixed   int // bytes of the header block, less values and what not every event has
+	size    int // likewise, of the message being built
 }
 
 func newBuilder(config MessageConfig) *builder {
@@ -86,13 +88,14 @@ func newBuilder(config MessageConfig) *builder {
 		b.columns = append(b.columns, column)
 	}
 	b.msg.Header = nats.Header{}
+	b.fixed = len("NATS/1.0\r\n\r\n")
 	b.slot("Nats-Msg-Id", valueID)
 	b.slot("Nats-Expected-Last-Sequence", valueSequence)
 	b.slot("Outbox-Position", valuePosition)
 	if config.CloudEvents {
-		b.msg.Header["ce-specversion"] = []string{"1.0"}
-		b.msg.Header["ce-source"] = []string{percent(config.Source)}
-		b.msg.Header["content-type"] = []string{"application/json"}
+		b.constant("ce-specversion", "1.0")
+		b.constant("ce-source", percent(config.Source))
+		b.constant("content-type", "application/json")
 		b.slot("ce-id", valueCloudID)
 		b.slot("ce-type", valueType)
 		b.slot("ce-aggregatetype", valueAggregate)
@@ -101,7 +104,21 @@ func newBuilder(config MessageConfig) *builder {
 	return b
 }
 
+// line is what a header takes beside its name and value.
+const line = len(": \r\n")
+
+func (b *builder) constant(name, value string) {
+	b.msg.Header[name] = []string{value}
+	b.fixed += len(name) + len(value) + line
+}
+
+// slot binds a header of every event to its value.
 func (b *builder) slot(name string, value int) {
+	b.bind(name, value)
+	b.fixed += len(name) + line
+}
+
+func (b *builder) bind(name string, value int) {
 	b.msg.Header[name] = b.values[value : value+1 : value+1]
 }
 
@@ -135,6 +152,7 @@ func (b *builder) reset(e *outbox.Event) {
 	}
 	b.extra = b.extra[:0]
 	b.scratch = b.scratch[:0]
+	b.size = b.fixed
 	extra := b.event.Extra
 	b.event = *e
 	b.event.Extra = append(extra[:0], e.Extra...) // columns points into it
@@ -144,6 +162,7 @@ func (b *builder) reset(e *outbox.Event) {
 func (b *builder) add(name, value string) {
 	b.msg.Header[name] = []string{value}
 	b.extra = append(b.extra, name)
+	b.size += len(name) + len(value) + line
 }
 
 func (b *builder) subject() error {
@@ -245,13 +264,14 @@ func (b *builder) cloudEvent() {
 
 // optional sets or removes a header that not every event has.
 func (b *builder) optional(name string, value int, text string) {
+	b.values[value] = text
 	if text == "" {
 		delete(b.msg.Header, name)
 		return
 	}
-	b.values[value] = text
+	b.size += len(name) + line
 	if b.msg.Header[name] == nil {
-		b.slot(name, value)
+		b.bind(name, value)
 	}
 }
 
@@ -346,9 +366,9 @@ func reserved(name string) bool {
 }
 
 func (b *builder) checkSize(limit int) error {
-	size := len("NATS/1.0\r\n\r\n")
-	for name, values := range b.msg.Header {
-		size += len(name) + len(": \r\n") + len(values[0])
+	size := b.size
+	for _, value := range b.values {
+		size += len(value)
 	}
 	if size > maxHeaders {
 		return rejected("the headers have %d bytes: NATS takes %d", size, maxHeaders)
