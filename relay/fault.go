@@ -93,9 +93,3 @@ func wrongPassword(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "28")
 }
-
-// shuttingDown reports whether Postgres is going down.
-func shuttingDown(err error) bool {
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && (pgErr.Code == "57P01" || pgErr.Code == "57P03")
-}

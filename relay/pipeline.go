@@ -25,13 +25,12 @@ type pipeline struct {
 	recorder *recorder
 	chain    *sink.Chain
 
-	after    checkpoint.Position // the checkpoint: events up to it are done
-	found    sink.Found          // which of the next events stand in the stream
-	judged   int                 // how many of these have passed
-	parked   uint64              // index of the last event parked by the reader
-	barrier  bool                // it may not be recorded yet: nothing is sent until it is
-	halted   error               // why the relay stops before an event
-	optional map[string]bool     // columns that the table does not have
+	after   checkpoint.Position // the checkpoint: events up to it are done
+	found   sink.Found          // which of the next events stand in the stream
+	judged  int                 // how many of these have passed
+	parked  uint64              // index of the last event parked by the reader
+	barrier bool                // it may not be recorded yet: nothing is sent until it is
+	halted  error               // why the relay stops before an event
 }
 
 func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, from origin) *pipeline {

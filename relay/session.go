@@ -144,7 +144,7 @@ func (s *session) checkServer(ctx context.Context) error {
 	case err != nil:
 		return fmt.Errorf("ask Postgres for its version: %w", err)
 	case version < 150000:
-		return fmt.Errorf("Postgres is version %d: the relay needs 15 or newer", version/10000)
+		return fmt.Errorf("the server is Postgres %d: the relay needs 15 or newer", version/10000)
 	case recovery:
 		return errRecovery
 	case walLevel != "logical":

@@ -4,7 +4,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -382,12 +381,3 @@ func (b *builder) checkSize(limit int) error {
 // view returns the bytes as a string without a copy: valid as long as they are
 // not changed, which is longer than the publish that reads it.
 func view(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }
-
-// asRejected returns the error's *RejectedError, or nil.
-func asRejected(err error) *RejectedError {
-	var r *RejectedError
-	if errors.As(err, &r) {
-		return r
-	}
-	return nil
-}

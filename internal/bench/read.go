@@ -84,7 +84,7 @@ func isDone(p *child.Process) bool {
 
 // fill writes the backlog.
 func (s *servers) fill(ctx context.Context, load backlog) error {
-	_, err := s.sql.Exec(ctx, fmt.Sprintf(`set synchronous_commit = off;
+	_, err := s.sql.Exec(ctx, `set synchronous_commit = off;
 		create procedure fill(transactions int, events int, bytes int) language plpgsql as $$
 		begin
 			for t in 1..transactions loop
@@ -93,7 +93,7 @@ func (s *servers) fill(ctx context.Context, load backlog) error {
 				from generate_series(1, events) i;
 				commit;
 			end loop;
-		end $$;`))
+		end $$;`)
 	if err != nil {
 		return err
 	}

@@ -28,7 +28,7 @@ func query[T any](tb testing.TB, url, sql string, args ...any) T {
 }
 
 func TestPostgresIsShared(t *testing.T) {
-	if Postgres(t) != Postgres(t) {
+	if first, second := Postgres(t), Postgres(t); first != second {
 		t.Error("two clusters")
 	}
 }
