@@ -2,8 +2,10 @@ package relay_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -11,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+	"golang.org/x/sync/errgroup"
 
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
@@ -155,18 +158,24 @@ func (b *bundle) messages() []message {
 	if err != nil {
 		return nil
 	}
-	info, err := stream.Info(b.Context())
-	b.must(err)
-	var messages []message
-	for seq := max(1, info.State.FirstSeq); seq <= info.State.LastSeq; seq++ {
-		raw, err := stream.GetMsg(b.Context(), seq)
-		if err == jetstream.ErrMsgNotFound {
-			continue
-		}
-		b.must(err)
-		messages = append(messages, message{raw, raw.Header.Get("Nats-Msg-Id")})
+	state := stream.CachedInfo().State
+	all := make([]message, state.LastSeq+1) // by sequence
+	var readers errgroup.Group
+	readers.SetLimit(64)
+	for seq := max(1, state.FirstSeq); seq <= state.LastSeq; seq++ {
+		readers.Go(func() error {
+			raw, err := stream.GetMsg(b.Context(), seq)
+			if errors.Is(err, jetstream.ErrMsgNotFound) {
+				return nil
+			}
+			if err == nil {
+				all[seq] = message{raw, raw.Header.Get("Nats-Msg-Id")}
+			}
+			return err
+		})
 	}
-	return messages
+	b.must(readers.Wait())
+	return slices.DeleteFunc(all, func(m message) bool { return m.RawStreamMsg == nil })
 }
 
 func (b *bundle) last() uint64 {

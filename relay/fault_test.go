@@ -499,7 +499,7 @@ func TestTakeOver(t *testing.T) {
 	third.WaitLog("msg=streaming")
 	w.await(500)
 	second.Thaw()
-	second.WaitLog("standing by: another relay has the slot")
+	testenv.Eventually(t, "the woken relay in line again", func() bool { return strings.Count(second.Logs(), "standing by") == 2 })
 	w.await(500)
 	third.Kill()
 	w.await(500)
