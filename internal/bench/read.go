@@ -125,7 +125,7 @@ func (s *servers) readByRelay(ctx context.Context, round, events int, settings [
 		return state.LastSeq >= uint64(events) || isDone(process), nil
 	})
 	if err == nil {
-		err = s.awaitRecorded(ctx, round, process)
+		err = s.awaitRecorded(ctx, round, events, process)
 	}
 	_ = process.Signal(syscall.SIGTERM) // it may have ended
 	if code := process.ExitCode(); err == nil && code != 0 {
@@ -140,11 +140,11 @@ func (s *servers) readByRelay(ctx context.Context, round, events int, settings [
 
 // awaitRecorded waits until the slot has passed the backlog, so that the
 // relay's whole work is in its CPU time.
-func (s *servers) awaitRecorded(ctx context.Context, round int, process *child.Process) error {
+func (s *servers) awaitRecorded(ctx context.Context, round, events int, process *child.Process) error {
 	return await(ctx, "the slot to move on", 20*time.Millisecond, func() (bool, error) {
 		var done bool
-		err := s.sql.QueryRow(ctx, `select stream_sequence >= (select count(*) from events) from outbox_relay_checkpoints where slot = $1`,
-			relaySlot(round)).Scan(&done)
+		err := s.sql.QueryRow(ctx, `select stream_sequence >= $2 from outbox_relay_checkpoints where slot = $1`,
+			relaySlot(round), events).Scan(&done)
 		return done || isDone(process), err
 	})
 }
