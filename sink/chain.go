@@ -19,6 +19,9 @@ import (
 // is another one than it was.
 var ErrForgotten = errors.New("the stream has forgotten acknowledged messages")
 
+// errStarting keeps a chain from sending before it hears answers.
+var errStarting = errors.New("the chain does not run yet")
+
 // Outcomes hears what becomes of the events of a chain.
 type Outcomes interface {
 	// Stored is called in the order of the events, and must not call the chain.
@@ -109,6 +112,7 @@ func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain
 		ring:    make([]entry, 64),
 		last:    stream.Last, next: stream.Last,
 		foreign: foreign,
+		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
 	}
 	if stream.MaxMsgSize >= 0 {
@@ -131,6 +135,7 @@ func (ch *Chain) Run(ctx context.Context) error {
 	}
 	ch.client.chain.Store(ch)
 	defer ch.client.chain.CompareAndSwap(ch, nil)
+	ch.begin()
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -148,6 +153,14 @@ func (ch *Chain) Run(ctx context.Context) error {
 			}
 		}
 	}
+}
+
+// begin lets events be sent: the server has the subscription before them.
+func (ch *Chain) begin() {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	ch.broken = nil
+	ch.changed.Broadcast()
 }
 
 // Publish sends the event; its outcome comes later. It blocks while the window
@@ -222,14 +235,16 @@ func (ch *Chain) room(ctx context.Context, size int) error {
 	if ch.head == ch.tail && time.Since(ch.heard) > probeAfter {
 		ch.probing = true
 	}
-	fits := func() bool {
+	fits := func(messages, bytes int) bool {
 		n := int(ch.tail - ch.head)
-		return ch.broken == nil && (n == 0 || !ch.probing && n < config.MaxInflight && ch.bytes+size <= config.MaxBytes)
+		return ch.broken == nil && (n == 0 || !ch.probing && n < messages && ch.bytes+size <= bytes)
 	}
-	if fits() {
+	if fits(config.MaxInflight, config.MaxBytes) {
 		return nil
 	}
-	return ch.wait(ctx, fits)
+	// A full window empties by a quarter before it is filled again: with an ack
+	// for each place, each message would be a write of its own.
+	return ch.wait(ctx, func() bool { return fits(config.MaxInflight-config.MaxInflight/4, config.MaxBytes-config.MaxBytes/4) })
 }
 
 // wait blocks until done holds or ctx ends. ch.mu is held.
