@@ -151,10 +151,10 @@ func sinkConfig(cfg config.Config, system replication.System, columns outbox.Col
 	return sink.Config{
 		Servers: cfg.NATS.Servers.URLs(),
 		Auth: sink.Auth{
-			Creds: cfg.NATS.Creds, CA: cfg.NATS.CA, Cert: cfg.NATS.Cert, Key: cfg.NATS.Key,
-			NKey: secret(cfg.NATS.NKey), User: cfg.NATS.User, Password: secret(cfg.NATS.Password),
-			Token: secret(cfg.NATS.Token), TLSFirst: cfg.NATS.TLSFirst,
+			Creds: cfg.NATS.Creds, NKey: secret(cfg.NATS.NKey), User: cfg.NATS.User,
+			Password: secret(cfg.NATS.Password), Token: secret(cfg.NATS.Token),
 		},
+		TLS:         sink.TLS{CA: cfg.NATS.CA, Cert: cfg.NATS.Cert, Key: cfg.NATS.Key, First: cfg.NATS.TLSFirst},
 		Domain:      cfg.NATS.Domain,
 		InboxPrefix: cfg.NATS.InboxPrefix,
 		Stream: sink.StreamConfig{

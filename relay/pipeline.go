@@ -70,6 +70,10 @@ func (p *pipeline) Keepalive(walEnd pglogrepl.LSN, urgent bool) error {
 	return nil
 }
 
+// Idle implements replication.Handler: nothing published waits longer than the
+// reader.
+func (p *pipeline) Idle() { p.chain.Flush() }
+
 // event takes one insert.
 func (p *pipeline) event(e *outbox.Event) error {
 	if e.Position.Compare(p.after) <= 0 {
@@ -91,6 +95,7 @@ func (p *pipeline) event(e *outbox.Event) error {
 		return p.rejected(index, e, err)
 	}
 	if p.barrier {
+		p.chain.Flush()
 		p.recorder.hurry()
 		if err := p.tracker.WaitRecorded(p.ctx, p.parked); err != nil {
 			return err
@@ -132,6 +137,7 @@ func (p *pipeline) fill(e *outbox.Event) error {
 	if len(names) == 0 {
 		return nil
 	}
+	p.chain.Flush()
 	err := p.recorder.visible(p.ctx, e.XID, func(ctx context.Context) error {
 		return p.table.Fill(ctx, p.sql, e, names)
 	})

@@ -86,7 +86,7 @@ func (r *Relay) Run(ctx context.Context) error {
 			return err
 		}
 		r.metrics.sessions.Inc()
-		if time.Since(began) > time.Minute {
+		if time.Since(began) > time.Minute || errors.Is(err, sink.ErrStrangers) {
 			attempt = 0
 		}
 		r.enter(err, &calm)

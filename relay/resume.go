@@ -78,7 +78,7 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 	if err != nil {
 		return origin{}, err
 	}
-	from := origin{state: state}
+	var from origin
 	if from.reader, from.checkpoint, err = s.start(ctx); err != nil {
 		return from, err
 	}
@@ -88,11 +88,16 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		cp.Confirmed = from.reader.Confirmed()
 		cp.Phase = checkpoint.Streaming
 	}
+	// The slot is ours: whoever had it can't have been sent anything beyond.
+	now, err := s.table.State(ctx, s.sql)
+	if err != nil {
+		return from, err
+	}
 	read := false
 	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int) ([]string, error) {
 		read = true
 		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
-		return s.readIDs(ctx, from.reader, cp.Position, state.WALEnd, limit)
+		return s.readIDs(ctx, from.reader, cp.Position, now.WALEnd, limit)
 	})
 	if from.found.Foreign > 0 {
 		cp.Foreign = true
@@ -276,6 +281,8 @@ func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
 	}
 	return nil
 }
+
+func (c *collector) Idle() {}
 
 func (c *collector) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
 	if walEnd >= c.end && !c.decoder.InTransaction() {

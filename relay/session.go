@@ -228,7 +228,6 @@ type origin struct {
 	reader     *replication.Session
 	checkpoint checkpoint.Checkpoint
 	found      sink.Found
-	state      outbox.State
 }
 
 // run is the pipeline: the reader's goroutine reads, decodes and publishes;

@@ -19,10 +19,11 @@ type pacedReader struct {
 	buf        []byte
 	begin, end int
 	busy       bool
+	idle       func() // called before each read
 }
 
 func newPacedReader(r io.Reader) *pacedReader {
-	return &pacedReader{r: r, buf: make([]byte, readBuffer)}
+	return &pacedReader{r: r, buf: make([]byte, readBuffer), idle: func() {}}
 }
 
 // Read returns what is buffered, else what one read brings.
@@ -38,6 +39,7 @@ func (p *pacedReader) Read(dst []byte) (int, error) {
 }
 
 func (p *pacedReader) fill() error {
+	p.idle()
 	if p.busy {
 		time.Sleep(pileUp)
 	}

@@ -32,7 +32,7 @@ var (
 	ErrPublication = errors.New("the publication is not usable")
 )
 
-// Handler takes what the walsender sends, in order. Both are called from the
+// Handler takes what the walsender sends, in order. All are called from the
 // goroutine that reads; while they block, nothing is read, but status goes on
 // being sent.
 type Handler interface {
@@ -41,6 +41,9 @@ type Handler interface {
 	// Keepalive gets the end of WAL that the walsender has decoded. urgent says
 	// that it wants to hear how far the reader is: it may be shutting down.
 	Keepalive(walEnd pglogrepl.LSN, urgent bool) error
+	// Idle says that all that was received has been handed on: more is waited
+	// for.
+	Idle()
 }
 
 // Session is a replication connection that streams from a slot. One goroutine
@@ -114,6 +117,7 @@ func (s *Session) Run(ctx context.Context, handler Handler) error {
 
 	// The read itself has no context: a deadline for each message would cost
 	// more than decoding it.
+	s.conn.r.idle = handler.Idle
 	interrupt := context.AfterFunc(ctx, func() { _ = s.conn.pg.Conn().SetReadDeadline(time.Unix(1, 0)) })
 	defer interrupt()
 	err := s.read(handler)

@@ -82,7 +82,7 @@ func plainAck(data []byte) (ack, bool) {
 	if !ok || len(rest) < 2 || rest[len(rest)-1] != '}' {
 		return ack{}, false
 	}
-	sequence, err := strconv.ParseUint(view(bytes.TrimPrefix(rest[:len(rest)-1], []byte{' '})), 10, 64)
+	sequence, err := strconv.ParseUint(string(bytes.TrimPrefix(rest[:len(rest)-1], []byte{' '})), 10, 64)
 	if err != nil || sequence == 0 {
 		return ack{}, false
 	}

@@ -7,32 +7,20 @@ import (
 	"github.com/nats-io/nkeys"
 )
 
-// Auth says how to authenticate and what to trust. At most one way to
-// authenticate is set. Functions give a secret as it is now: they are called
+// Auth says how to authenticate; at most one way is set. Functions give a secret as it is now: they are called
 // for each connection, so that a rotated secret needs no restart.
 type Auth struct {
-	Creds         string                 // path
-	CA, Cert, Key string                 // paths
-	NKey          func() (string, error) // seed
-	User          string
-	Password      func() (string, error)
-	Token         func() (string, error)
-	TLSFirst      bool
+	Creds    string                 // path
+	NKey     func() (string, error) // seed
+	User     string
+	Password func() (string, error)
+	Token    func() (string, error)
 }
 
 func (a Auth) options() ([]nats.Option, error) {
 	var options []nats.Option
 	if a.Creds != "" {
 		options = append(options, nats.UserCredentials(a.Creds))
-	}
-	if a.CA != "" {
-		options = append(options, nats.RootCAs(a.CA))
-	}
-	if a.Cert != "" {
-		options = append(options, nats.ClientCert(a.Cert, a.Key))
-	}
-	if a.TLSFirst {
-		options = append(options, nats.TLSHandshakeFirst())
 	}
 	if a.User != "" {
 		options = append(options, nats.UserInfoHandler(func() (string, string) { return a.User, value(a.Password) }))

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"strconv"
 	"sync"
 	"time"
 
@@ -18,6 +17,12 @@ import (
 // ErrForgotten says that the stream ends before what it has acknowledged, or
 // is another one than it was.
 var ErrForgotten = errors.New("the stream has forgotten acknowledged messages")
+
+// ErrStrangers says that the stream holds messages that are not in the window:
+// of others, or events of this outbox that were not read yet. Another relay sent
+// those with its last breath, frozen and woken, or they were under way when it
+// died. Only the slot tells which: the session must resume anew.
+var ErrStrangers = errors.New("the stream holds messages that this session has not sent")
 
 // errStarting keeps a chain from sending before it hears answers.
 var errStarting = errors.New("the chain does not run yet")
@@ -123,7 +128,8 @@ func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain
 }
 
 // Run settles whatever goes wrong until ctx ends. Any other error is final:
-// ErrStream, ErrForgotten, *AmbiguousError, or what Outcomes returned.
+// ErrStream, ErrForgotten, ErrStrangers, *AmbiguousError, or what Outcomes
+// returned.
 func (ch *Chain) Run(ctx context.Context) error {
 	acks, err := ch.client.nc.Subscribe(ch.inbox+">", ch.answer)
 	if err != nil {
@@ -135,7 +141,7 @@ func (ch *Chain) Run(ctx context.Context) error {
 	}
 	ch.client.chain.Store(ch)
 	defer ch.client.chain.CompareAndSwap(ch, nil)
-	ch.begin()
+	ch.begin(ch.client.nc.FlushTimeout(requestTimeout))
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
 	for {
@@ -155,11 +161,15 @@ func (ch *Chain) Run(ctx context.Context) error {
 	}
 }
 
-// begin lets events be sent: the server has the subscription before them.
-func (ch *Chain) begin() {
+// begin lets events be sent, once the server has the subscription to their
+// acks. Where that is not known, a resync asks it something behind that.
+func (ch *Chain) begin(err error) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	ch.broken = nil
+	if err != nil {
+		ch.breakWith(fmt.Errorf("subscribe to acks: %w", err))
+	}
 	ch.changed.Broadcast()
 }
 
@@ -185,8 +195,7 @@ func (ch *Chain) Publish(ctx context.Context, index uint64, e *outbox.Event) err
 
 // publish sends the event unless the chain broke meanwhile.
 func (ch *Chain) publish(index uint64, e *outbox.Event, size int) (sent bool, err error) {
-	msg, err := ch.builder.build(e, ch.limit)
-	if err != nil {
+	if err := ch.builder.build(e, ch.limit); err != nil {
 		return false, err
 	}
 	ch.mu.Lock()
@@ -197,14 +206,24 @@ func (ch *Chain) publish(index uint64, e *outbox.Event, size int) (sent bool, er
 	number := ch.append(index, e, size)
 	generation, sequence := ch.place(number, time.Now())
 	ch.mu.Unlock()
-	if err := ch.send(msg, generation, number, sequence); err != nil {
-		ch.fail(fmt.Errorf("publish to %s: %w", msg.Subject, err))
+	if err := ch.send(generation, number, sequence); err != nil {
+		ch.fail(fmt.Errorf("publish to %s: %w", ch.builder.subject, err))
 	}
 	return true, nil
 }
 
+// Flush writes what was published to the connection. To be called before the
+// publisher waits for anything: until then, or until enough has gathered, it is
+// only kept.
+func (ch *Chain) Flush() {
+	if err := ch.client.wire.flush(); err != nil {
+		ch.fail(fmt.Errorf("publish: %w", err))
+	}
+}
+
 // Drain waits until every event has its outcome.
 func (ch *Chain) Drain(ctx context.Context) error {
+	ch.Flush()
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	return ch.wait(ctx, func() bool { return ch.head == ch.tail })
@@ -242,6 +261,9 @@ func (ch *Chain) room(ctx context.Context, size int) error {
 	if fits(config.MaxInflight, config.MaxBytes) {
 		return nil
 	}
+	ch.mu.Unlock()
+	ch.Flush()
+	ch.mu.Lock()
 	// A full window empties by a quarter before it is filled again: with an ack
 	// for each place, each message would be a write of its own.
 	return ch.wait(ctx, func() bool { return fits(config.MaxInflight-config.MaxInflight/4, config.MaxBytes-config.MaxBytes/4) })
@@ -299,13 +321,11 @@ func (ch *Chain) place(number uint64, now time.Time) (generation, sequence uint6
 	return ch.generation, en.sequence
 }
 
-// send hands the message to the client, which copies it. Whoever calls it has
-// the sending token.
-func (ch *Chain) send(msg *nats.Msg, generation, number, sequence uint64) error {
+// send hands the message that was built to the connection, for the next flush.
+// Whoever calls it has the sending token.
+func (ch *Chain) send(generation, number, sequence uint64) error {
 	ch.reply = appendReply(ch.reply[:0], ch.inbox, generation, number)
-	msg.Reply = view(ch.reply)
-	ch.builder.expect(sequence - 1)
-	return ch.client.nc.PublishMsg(msg)
+	return ch.client.wire.publish(ch.builder, ch.reply, sequence-1)
 }
 
 // answer takes one answer to a publish.
@@ -429,11 +449,4 @@ func (ch *Chain) grow() {
 		bigger[n&uint64(len(bigger)-1)] = *ch.at(n)
 	}
 	ch.ring = bigger
-}
-
-// expect sets the sequence that the message just built must follow.
-func (b *builder) expect(sequence uint64) {
-	start := len(b.scratch)
-	b.scratch = strconv.AppendUint(b.scratch, sequence, 10)
-	b.values[valueSequence] = view(b.scratch[start:])
 }

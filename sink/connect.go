@@ -24,6 +24,7 @@ const MinServer = "2.12.0"
 type Config struct {
 	Servers     []string // URLs
 	Auth        Auth
+	TLS         TLS
 	Domain      string
 	InboxPrefix string
 	Stream      StreamConfig
@@ -38,6 +39,7 @@ type Client struct {
 	config Config
 	log    *slog.Logger
 	auth   []nats.Option
+	wire   *wire
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	api    string // prefix of the JetStream API
@@ -50,7 +52,7 @@ type Client struct {
 // Connect connects, waiting and retrying until ctx ends. A server that refuses
 // the credentials is an error at once, and one that is too old.
 func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, error) {
-	c := &Client{config: config, log: log}
+	c := &Client{config: config, log: log, wire: newWire(config.Servers, config.TLS)}
 	var err error
 	if c.auth, err = config.Auth.options(); err != nil {
 		return nil, err
@@ -87,8 +89,10 @@ func (c *Client) options() []nats.Option {
 		nats.PingInterval(5 * time.Second),
 		nats.MaxPingsOutstanding(2),
 		nats.CustomInboxPrefix(c.config.InboxPrefix),
-		nats.SkipSubjectValidation(), // Message builds them legal
+		nats.SetCustomDialer(c.wire),
+		nats.SkipHostLookup(), // the dialer does, and checks certificates by name
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
+			c.wire.disconnected()
 			if err == nil {
 				return // closed by us
 			}
@@ -98,6 +102,7 @@ func (c *Client) options() []nats.Option {
 			}
 		}),
 		nats.ReconnectHandler(func(nc *nats.Conn) {
+			c.wire.connected()
 			c.reconnects.Add(1)
 			c.log.Info("connected to NATS again", "server", nc.ConnectedUrlRedacted())
 			if chain := c.chain.Load(); chain != nil {
@@ -140,6 +145,7 @@ func (c *Client) dial(ctx context.Context) error {
 		nc, err := nats.Connect(strings.Join(c.config.Servers, ","), c.options()...)
 		if err == nil {
 			c.nc = nc
+			c.wire.connected()
 			c.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())
 			return nil
 		}

@@ -7,10 +7,8 @@ import (
 	"fmt"
 	"strconv"
 	"strings"
-	"unsafe"
 
 	"github.com/jackc/pglogrepl"
-	"github.com/nats-io/nats.go"
 
 	"outbox-relay/outbox"
 )
@@ -45,33 +43,18 @@ func rejected(format string, args ...any) error {
 	return &RejectedError{Reason: fmt.Sprintf(format, args...)}
 }
 
-// Places of the values that are set for every message.
-const (
-	valueID = iota
-	valueSequence
-	valuePosition
-	valueCloudID
-	valueType
-	valueTime
-	valueSubject
-	valueAggregate
-	valueVersion
-	valueCount
-)
-
-// builder makes messages from events. The message that it returns is its own,
-// and valid until the next call: the client copies it when it publishes. So no
-// header map and no string is made for an event.
+// builder makes publishes from events, as bytes of the NATS protocol: no header
+// map and no string is made for an event. What it built is its own, and valid
+// until the next build.
+//
+// Protocol: https://docs.nats.io/reference/reference-protocols/nats-protocol
 type builder struct {
-	config  MessageConfig
-	columns []*[]byte // of event, where the subject's tokens come from
-	event   outbox.Event
-	msg     nats.Msg
-	values  [valueCount]string
-	extra   []string // names of headers that only this event has
-	scratch []byte
-	fixed   int // bytes of the header block, less values and what not every event has
-	size    int // likewise, of the message being built
+	config   MessageConfig
+	columns  []*[]byte // of event, where the subject's tokens come from
+	constant []byte    // header lines of every message
+	event    outbox.Event
+	subject  []byte
+	headers  []byte // lines, but for the expected sequence
 }
 
 func newBuilder(config MessageConfig) *builder {
@@ -86,104 +69,110 @@ func newBuilder(config MessageConfig) *builder {
 		}
 		b.columns = append(b.columns, column)
 	}
-	b.msg.Header = nats.Header{}
-	b.fixed = len("NATS/1.0\r\n\r\n")
-	b.slot("Nats-Msg-Id", valueID)
-	b.slot("Nats-Expected-Last-Sequence", valueSequence)
-	b.slot("Outbox-Position", valuePosition)
 	if config.CloudEvents {
-		b.constant("ce-specversion", "1.0")
-		b.constant("ce-source", percent(config.Source))
-		b.constant("content-type", "application/json")
-		b.slot("ce-id", valueCloudID)
-		b.slot("ce-type", valueType)
-		b.slot("ce-aggregatetype", valueAggregate)
-		b.slot("ce-eventversion", valueVersion)
+		b.constant = fmt.Appendf(nil, "ce-specversion: 1.0\r\nce-source: %s\r\ncontent-type: application/json\r\n", percent(nil, []byte(config.Source)))
 	}
 	return b
-}
-
-// line is what a header takes beside its name and value.
-const line = len(": \r\n")
-
-func (b *builder) constant(name, value string) {
-	b.msg.Header[name] = []string{value}
-	b.fixed += len(name) + len(value) + line
-}
-
-// slot binds a header of every event to its value.
-func (b *builder) slot(name string, value int) {
-	b.bind(name, value)
-	b.fixed += len(name) + line
-}
-
-func (b *builder) bind(name string, value int) {
-	b.msg.Header[name] = b.values[value : value+1 : value+1]
 }
 
 // build makes the event's message but for its reply subject and expected
 // sequence. A *RejectedError says that no message can carry the event; limit
 // is the largest message that the server and the stream take, in bytes.
-func (b *builder) build(e *outbox.Event, limit int) (*nats.Msg, error) {
+func (b *builder) build(e *outbox.Event, limit int) error {
 	b.reset(e)
-	if err := b.subject(); err != nil {
-		return nil, err
+	if err := b.makeSubject(); err != nil {
+		return err
 	}
 	if !legalValue(e.ID) || len(e.ID) == 0 || e.ID[0] == ' ' || e.ID[len(e.ID)-1] == ' ' {
-		return nil, rejected("the id cannot stand in the header Nats-Msg-Id: it is empty, has control characters, or begins or ends with a space")
+		return rejected("the id cannot stand in the header Nats-Msg-Id: it is empty, has control characters, or begins or ends with a space")
 	}
-	b.values[valueID] = view(e.ID)
-	b.values[valueSequence] = "18446744073709551615" // the longest; set when it is sent
+	b.plain("Nats-Msg-Id", e.ID)
 	b.position()
 	if b.config.CloudEvents {
 		b.cloudEvent()
 	}
 	if err := b.rowHeaders(); err != nil {
-		return nil, err
+		return err
 	}
-	b.msg.Data = e.Payload
-	return &b.msg, b.checkSize(limit)
+	return b.checkSize(limit)
 }
 
 func (b *builder) reset(e *outbox.Event) {
-	for _, name := range b.extra {
-		delete(b.msg.Header, name)
-	}
-	b.extra = b.extra[:0]
-	b.scratch = b.scratch[:0]
-	b.size = b.fixed
+	b.subject, b.headers = b.subject[:0], b.headers[:0]
 	extra := b.event.Extra
 	b.event = *e
 	b.event.Extra = append(extra[:0], e.Extra...) // columns points into it
 }
 
-// add sets a header that only this event has.
-func (b *builder) add(name, value string) {
-	b.msg.Header[name] = []string{value}
-	b.extra = append(b.extra, name)
-	b.size += len(name) + len(value) + line
+// plain adds a header whose value is legal as it is.
+func (b *builder) plain(name string, value []byte) {
+	b.name(name)
+	b.headers = append(b.headers, value...)
+	b.end()
 }
 
-func (b *builder) subject() error {
-	start := len(b.scratch)
+// encoded adds a header whose value is percent-encoded where it must be.
+func (b *builder) encoded(name string, value []byte) {
+	b.name(name)
+	b.headers = percent(b.headers, value)
+	b.end()
+}
+
+func (b *builder) name(name string) {
+	b.headers = append(b.headers, name...)
+	b.headers = append(b.headers, ": "...)
+}
+
+func (b *builder) end() { b.headers = append(b.headers, "\r\n"...) }
+
+const (
+	headerLine   = "NATS/1.0\r\n"
+	sequenceName = "Nats-Expected-Last-Sequence: "
+	longest      = len("18446744073709551615") // of a sequence
+)
+
+// appendPublish appends the message that was built, as the server reads it:
+// HPUB, the headers, the payload. It must follow sequence in the stream, and is
+// answered on reply.
+func (b *builder) appendPublish(dst, reply []byte, sequence uint64) []byte {
+	var text [longest]byte
+	digits := strconv.AppendUint(text[:0], sequence, 10)
+	headers := len(headerLine) + len(sequenceName) + len(digits) + len("\r\n") + len(b.headers) + len("\r\n")
+	dst = append(dst, "HPUB "...)
+	dst = append(dst, b.subject...)
+	dst = append(dst, ' ')
+	dst = append(dst, reply...)
+	dst = append(dst, ' ')
+	dst = strconv.AppendInt(dst, int64(headers), 10)
+	dst = append(dst, ' ')
+	dst = strconv.AppendInt(dst, int64(headers+len(b.event.Payload)), 10)
+	dst = append(dst, "\r\n"+headerLine+sequenceName...)
+	dst = append(dst, digits...)
+	dst = append(dst, "\r\n"...)
+	dst = append(dst, b.headers...)
+	dst = append(dst, "\r\n"...)
+	dst = append(dst, b.event.Payload...)
+	return append(dst, "\r\n"...)
+}
+
+func (b *builder) makeSubject() error {
 	for i, token := range b.config.Subject {
 		if i > 0 {
-			b.scratch = append(b.scratch, '.')
+			b.subject = append(b.subject, '.')
 		}
 		if token.Column == "" {
-			b.scratch = append(b.scratch, token.Literal...)
+			b.subject = append(b.subject, token.Literal...)
 			continue
 		}
 		value := *b.columns[i]
 		var whole bool
-		if b.scratch, whole = appendToken(b.scratch, value); !whole {
-			b.add("Outbox-"+token.Column, percent(string(value)))
+		if b.subject, whole = appendToken(b.subject, value); !whole {
+			b.encoded("Outbox-"+token.Column, value)
 		}
 	}
-	if n := len(b.scratch) - start; n > maxControlLine-replyRoom {
+	if n := len(b.subject); n > maxControlLine-replyRoom {
 		return rejected("the subject has %d bytes: NATS takes %d", n, maxControlLine-replyRoom)
 	}
-	b.msg.Subject = view(b.scratch[start:])
 	return nil
 }
 
@@ -220,15 +209,15 @@ func plain(c byte) bool {
 	return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '_' || c == '-'
 }
 
-// position writes "<timeline>/<commit LSN>/<ordinal>".
+// position adds "<timeline>/<commit LSN>/<ordinal>".
 func (b *builder) position() {
-	start := len(b.scratch)
-	b.scratch = strconv.AppendInt(b.scratch, int64(b.config.Timeline), 10)
-	b.scratch = append(b.scratch, '/')
-	b.scratch = appendLSN(b.scratch, b.event.Position.Commit)
-	b.scratch = append(b.scratch, '/')
-	b.scratch = strconv.AppendUint(b.scratch, b.event.Position.Ordinal, 10)
-	b.values[valuePosition] = view(b.scratch[start:])
+	b.name("Outbox-Position")
+	b.headers = strconv.AppendInt(b.headers, int64(b.config.Timeline), 10)
+	b.headers = append(b.headers, '/')
+	b.headers = appendLSN(b.headers, b.event.Position.Commit)
+	b.headers = append(b.headers, '/')
+	b.headers = strconv.AppendUint(b.headers, b.event.Position.Ordinal, 10)
+	b.end()
 }
 
 // appendLSN appends what LSN.String prints, without its allocations.
@@ -249,66 +238,47 @@ func appendUpperHex(dst []byte, v uint32) []byte {
 	return dst
 }
 
-// cloudEvent sets the attributes of the CloudEvents NATS binding, whose values
+// cloudEvent adds the attributes of the CloudEvents NATS binding, whose values
 // are percent-encoded where they are not plain ASCII.
 // Source: https://github.com/cloudevents/spec, bindings/nats-protocol-binding.md
 func (b *builder) cloudEvent() {
-	b.values[valueCloudID] = b.encoded(b.event.ID)
-	b.values[valueType] = b.encoded(b.event.EventType)
-	b.values[valueAggregate] = b.encoded(b.event.AggregateType)
-	b.values[valueVersion] = b.encoded(b.event.Version)
-	b.optional("ce-subject", valueSubject, b.encoded(b.event.AggregateID))
-	b.optional("ce-time", valueTime, b.time(b.event.CreatedAt))
+	b.headers = append(b.headers, b.constant...)
+	b.encoded("ce-id", b.event.ID)
+	b.encoded("ce-type", b.event.EventType)
+	b.encoded("ce-aggregatetype", b.event.AggregateType)
+	b.encoded("ce-eventversion", b.event.Version)
+	if len(b.event.AggregateID) > 0 {
+		b.encoded("ce-subject", b.event.AggregateID)
+	}
+	b.time()
 }
 
-// optional sets or removes a header that not every event has.
-func (b *builder) optional(name string, value int, text string) {
-	b.values[value] = text
-	if text == "" {
-		delete(b.msg.Header, name)
-		return
-	}
-	b.size += len(name) + line
-	if b.msg.Header[name] == nil {
-		b.bind(name, value)
-	}
-}
-
-func (b *builder) encoded(value []byte) string {
+// percent appends a value as CloudEvents wants it in a header.
+func percent(dst, value []byte) []byte {
 	for _, c := range value {
 		if c <= ' ' || c > '~' || c == '"' || c == '%' {
-			return percent(string(value))
-		}
-	}
-	return view(value)
-}
-
-// percent encodes a value as CloudEvents wants it in a header.
-func percent(value string) string {
-	var out strings.Builder
-	for i := range len(value) {
-		if c := value[i]; c <= ' ' || c > '~' || c == '"' || c == '%' {
-			out.WriteByte('%')
-			out.WriteByte(upperHex[c>>4])
-			out.WriteByte(upperHex[c&15])
+			dst = append(dst, '%', upperHex[c>>4], upperHex[c&15])
 		} else {
-			out.WriteByte(c)
+			dst = append(dst, c)
 		}
 	}
-	return out.String()
+	return dst
 }
 
-// time turns Postgres's "2026-11-23 13:15:00.123456+00" into RFC 3339. What
-// RFC 3339 can't say (infinity, other than four digits of year) is left out.
-func (b *builder) time(value []byte) string {
+// time adds ce-time: Postgres's "2026-11-23 13:15:00.123456+00" as RFC 3339.
+// What RFC 3339 can't say (infinity, other than four digits of year) is left
+// out.
+func (b *builder) time() {
+	value := b.event.CreatedAt
 	if len(value) < 22 || value[4] != '-' || value[10] != ' ' || string(value[len(value)-3:]) != "+00" {
-		return ""
+		return
 	}
-	start := len(b.scratch)
-	b.scratch = append(b.scratch, value[:len(value)-3]...)
-	b.scratch[start+10] = 'T'
-	b.scratch = append(b.scratch, 'Z')
-	return view(b.scratch[start:])
+	b.name("ce-time")
+	b.headers = append(b.headers, value[:10]...)
+	b.headers = append(b.headers, 'T')
+	b.headers = append(b.headers, value[11:len(value)-3]...)
+	b.headers = append(b.headers, 'Z')
+	b.end()
 }
 
 // rowHeaders passes the members of the row's headers object through.
@@ -329,10 +299,10 @@ func (b *builder) rowHeaders() error {
 			return rejected("the row's header %q cannot be a header's name: it is empty or has characters other than printable ASCII without space and colon", name)
 		case reserved(name):
 			return rejected("the row's header %q is the relay's own: names that start with Nats-, Outbox- or ce-, and content-type, are not for rows", name)
-		case !legalValue(unsafe.Slice(unsafe.StringData(value), len(value))):
+		case !legalValue([]byte(value)):
 			return rejected("the row's header %q has a control character in its value", name)
 		}
-		b.add(name, value)
+		b.plain(name, []byte(value))
 	}
 	return nil
 }
@@ -365,19 +335,12 @@ func reserved(name string) bool {
 }
 
 func (b *builder) checkSize(limit int) error {
-	size := b.size
-	for _, value := range b.values {
-		size += len(value)
-	}
+	size := len(headerLine) + len(sequenceName) + longest + len("\r\n") + len(b.headers) + len("\r\n")
 	if size > maxHeaders {
 		return rejected("the headers have %d bytes: NATS takes %d", size, maxHeaders)
 	}
-	if size += len(b.msg.Data); size > limit {
+	if size += len(b.event.Payload); size > limit {
 		return rejected("the message has %d bytes: the server or the stream takes %d (max_payload, max_msg_size)", size, limit)
 	}
 	return nil
 }
-
-// view returns the bytes as a string without a copy: valid as long as they are
-// not changed, which is longer than the publish that reads it.
-func view(b []byte) string { return unsafe.String(unsafe.SliceData(b), len(b)) }

@@ -51,7 +51,7 @@ func (ch *Chain) resync(ctx context.Context) error {
 func final(err error) bool {
 	var ambiguous *AmbiguousError
 	var outcome *outcomeError
-	return errors.Is(err, ErrStream) || errors.Is(err, ErrForgotten) || errors.As(err, &ambiguous) || errors.As(err, &outcome)
+	return errors.Is(err, ErrStream) || errors.Is(err, ErrForgotten) || errors.Is(err, ErrStrangers) || errors.As(err, &ambiguous) || errors.As(err, &outcome)
 }
 
 // outcomeError is an error of Outcomes, which ends the chain.
@@ -150,16 +150,18 @@ func (r *resyncer) account(ctx context.Context, stream Stream) (again bool, err 
 	late := r.unanswered > 0
 	r.mu.Unlock()
 
-	strangers := len(v.foreign) + v.lost
-	if strangers > 0 && late && !r.shiftWaited {
+	if n := len(v.foreign); n > 0 {
+		return false, fmt.Errorf("%w: %d of them from sequence %d on", ErrStrangers, n, v.foreign[0].sequence)
+	}
+	if v.lost > 0 && late && !r.shiftWaited {
 		// From here on the chain is shifted: a late copy of an event could fit
 		// the place of the one before it.
 		r.shiftWaited = true
 		return true, r.settle(ctx, shiftWait)
 	}
-	if strangers > 0 || ambiguity != nil {
+	if v.lost > 0 || ambiguity != nil {
 		r.foreign = true
-		if err := r.outcomes.Foreign(ctx, strangers); err != nil {
+		if err := r.outcomes.Foreign(ctx, v.lost); err != nil {
 			return false, &outcomeError{err}
 		}
 	}
@@ -301,19 +303,21 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 		if en.stored {
 			continue
 		}
-		msg, err := r.builder.build(&en.event, r.limit)
-		if err != nil { // the limits have shrunk since it was sent
+		if err := r.builder.build(&en.event, r.limit); err != nil { // the limits have shrunk since it was sent
 			en.refused = err.Error()
 			r.broken = err
 			break
 		}
 		generation, sequence := r.place(n, time.Now())
 		r.mu.Unlock() // the window can't grow, since the resync has the sending token
-		err = r.send(msg, generation, n, sequence)
+		err := r.send(generation, n, sequence)
 		r.mu.Lock()
 		if err != nil {
 			r.broken = err
 		}
+	}
+	if err := r.client.wire.flush(); err != nil && r.broken == nil {
+		r.broken = err
 	}
 	r.changed.Broadcast()
 	return r.broken == nil, r.broken

@@ -204,10 +204,10 @@ func TestFaults(t *testing.T) {
 		{"publication", vars{"PUBLICATION": strings.Repeat("ü", 32)}, []string{"OUTBOX_PUBLICATION has 64 bytes"}},
 		{"publication, control", vars{"PUBLICATION": "a\tb"}, []string{`OUTBOX_PUBLICATION is "a\tb"`}},
 		{"servers, all reported", vars{"NATS_URL": "nats://a,,b:1,http://c,nats://,nats://d:0,nats://e/x,nats://u:" + canary + "%zz@f"}, []string{
-			"server 2 is empty: remove the extra comma; server 3 has no scheme: write nats://host:4222; server 4 has another scheme than nats, tls, ws or wss; " +
+			"server 2 is empty: remove the extra comma; server 3 has no scheme: write nats://host:4222; server 4 has another scheme than nats or tls; " +
 				"server 5 has no host: write nats://host:4222; server 6 has a port that is not 1 to 65535; server 7 goes on after the port"}},
-		{"servers, mixed", vars{"NATS_URL": "nats://a,wss://b"}, []string{"server 2 mixes websocket and plain servers"}},
-		{"servers, stranded password", vars{"NATS_URL": "ws://u:12/" + canary + "@b"}, []string{"server 1 goes on after the port"}},
+		{"servers, websocket", vars{"NATS_URL": "nats://a,wss://b"}, []string{"server 2 has another scheme than nats or tls"}},
+		{"servers, stranded password", vars{"NATS_URL": "nats://u:12/" + canary + "@b"}, []string{"server 1 goes on after the port"}},
 		{"creds missing", vars{"NATS_CREDS": "/nowhere/" + canary}, []string{"OUTBOX_NATS_CREDS names a file that cannot be read"}},
 		{"ca empty", vars{"NATS_CA": empty}, []string{"OUTBOX_NATS_CA names an empty file"}},
 		{"cert alone", vars{"NATS_CERT": file}, []string{"OUTBOX_NATS_CERT is set without OUTBOX_NATS_KEY"}},

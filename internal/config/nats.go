@@ -66,9 +66,6 @@ func parseServers(s string) (Servers, error) {
 			problems = append(problems, fmt.Sprintf("server %d %s", i+1, err))
 			continue
 		}
-		if len(urls) > 0 && isWebSocket(u) != isWebSocket(urls[0]) {
-			problems = append(problems, fmt.Sprintf("server %d mixes websocket and plain servers, which the client refuses", i+1))
-		}
 		urls = append(urls, u)
 	}
 	if len(problems) > 0 {
@@ -89,9 +86,9 @@ func parseServer(s string) (*url.URL, error) {
 		return nil, errors.New("cannot be parsed: write nats://host:4222, special characters of a password as %XX")
 	}
 	switch u.Scheme {
-	case "nats", "tls", "ws", "wss":
+	case "nats", "tls":
 	default:
-		return nil, errors.New("has another scheme than nats, tls, ws or wss")
+		return nil, errors.New("has another scheme than nats or tls")
 	}
 	if u.Hostname() == "" {
 		return nil, errors.New("has no host: write nats://host:4222")
@@ -99,14 +96,11 @@ func parseServer(s string) (*url.URL, error) {
 	if port := u.Port(); port != "" && !isPort(port, 1) {
 		return nil, errors.New("has a port that is not 1 to 65535")
 	}
-	path := strings.TrimSuffix(u.Path, "/")
-	if path != "" && !isWebSocket(u) || u.RawQuery != "" || u.Fragment != "" || strings.Contains(path, "@") {
+	if strings.Trim(u.Path, "/") != "" || u.RawQuery != "" || u.Fragment != "" {
 		return nil, errors.New("goes on after the port: remove that, and write special characters of a password as %XX")
 	}
 	return u, nil
 }
-
-func isWebSocket(u *url.URL) bool { return u.Scheme == "ws" || u.Scheme == "wss" }
 
 func isPort(s string, lowest int) bool {
 	n, err := strconv.ParseUint(s, 10, 16)
