@@ -46,7 +46,6 @@ create table if not exists outbox_relay_checkpoints
     stream_created_at timestamptz not null,
     stream_sequence   bigint      not null,
     message_id        text        null,
-    message_at        timestamptz null,
     unrecorded_bound  int         not null,
     foreign_seen      boolean     not null default false,
     publication_state text        null,
@@ -79,8 +78,6 @@ comment on column outbox_relay_checkpoints.stream_sequence is
     'the stream''s sequence at exactly the position (commit_lsn, ordinal)';
 comment on column outbox_relay_checkpoints.message_id is
     'Nats-Msg-Id of the message at stream_sequence; null where that message is not ours';
-comment on column outbox_relay_checkpoints.message_at is
-    'when the stream stored the message at stream_sequence';
 comment on column outbox_relay_checkpoints.unrecorded_bound is
     'how many events may be stored in the stream without being recorded here';
 comment on column outbox_relay_checkpoints.foreign_seen is

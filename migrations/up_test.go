@@ -6,9 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
-	"os/exec"
-	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -191,40 +189,61 @@ func TestNamesInTheCatalogs(t *testing.T) {
 	}
 }
 
-func psql(t *testing.T, url string, rendered []File) {
-	t.Helper()
-	program, err := exec.LookPath("psql")
-	if err != nil {
-		t.Skip("no psql in the PATH")
-	}
-	args := []string{"-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", url}
-	for _, f := range rendered {
-		path := filepath.Join(t.TempDir(), f.Name)
-		if err := os.WriteFile(path, []byte(f.SQL), 0o600); err != nil {
-			t.Fatal(err)
+var dollarTag = regexp.MustCompile(`\$\w*\$`)
+
+// statements splits a file as psql does: at each semicolon that ends a line
+// outside of a quoted body.
+func statements(sql string) []string {
+	var all []string
+	quote, start, end := "", 0, 0 // quote is what opened the body that we are in
+	for line := range strings.Lines(sql) {
+		end += len(line)
+		for _, tag := range dollarTag.FindAllString(line, -1) {
+			switch quote {
+			case "":
+				quote = tag
+			case tag:
+				quote = ""
+			}
 		}
-		args = append(args, "-f", path)
+		if quote == "" && strings.HasSuffix(strings.TrimSpace(line), ";") {
+			all = append(all, sql[start:end])
+			start = end
+		}
 	}
-	if out, err := exec.CommandContext(t.Context(), program, args...).CombinedOutput(); err != nil {
-		t.Fatalf("psql: %v\n%s", err, out)
+	return append(all, sql[start:])
+}
+
+// runAlone runs the files as psql does, and nothing else: in a session of its
+// own, each statement sent as text and committed by itself.
+func runAlone(t *testing.T, config *pgx.ConnConfig, rendered []File) {
+	t.Helper()
+	conn := connect(t, config)
+	for _, f := range rendered {
+		for _, statement := range statements(f.SQL) {
+			if strings.Contains(statement, "\n\\") {
+				t.Fatalf("%s has what psql takes for a command of its own:\n%s", f.Name, statement)
+			}
+			if _, err := conn.PgConn().Exec(t.Context(), statement).ReadAll(); err != nil {
+				t.Fatalf("%s: %v in\n%s", f.Name, err, statement)
+			}
+		}
 	}
 }
 
-func TestPsqlAlone(t *testing.T) {
+func TestFilesAlone(t *testing.T) {
 	t.Parallel()
 	withColumn := Target{Schema: "shop", Table: "order_events", Publication: "p", Columns: []string{"retried_at"}}
 	for name, target := range map[string]Target{"usual": usual, "odd": odd, "column": withColumn} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			url := testenv.Database(t, testenv.Postgres(t))
-			config := parse(t, url)
-			conn := connect(t, config)
+			config, conn := newDatabase(t)
 			execute(t, conn, "create schema if not exists "+quote(target.Schema))
-			psql(t, url, render(t, target))
+			runAlone(t, config, render(t, target))
 			requireWorks(t, conn, target)
 			before := publicationRows(t, conn)
 			// A further column was added in a statement of its own; 002 leaves it.
-			psql(t, url, render(t, target))
+			runAlone(t, config, render(t, target))
 			up(t, config, target)
 			requireWorks(t, conn, target)
 			if after := publicationRows(t, conn); after != before {
@@ -304,10 +323,7 @@ func TestExistingPartitionedTable(t *testing.T) {
 	if table := query[string](t, conn, "select tableoid::regclass::text from events"); table != "events_all" {
 		t.Errorf("the row is in %s", table)
 	}
-	psqlFiles := render(t, usual)
-	for _, f := range psqlFiles {
-		execute(t, conn, f.SQL)
-	}
+	runAlone(t, config, render(t, usual))
 }
 
 func TestFillfactor(t *testing.T) {
