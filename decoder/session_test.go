@@ -1,0 +1,289 @@
+package decoder_test
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/hex"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/decoder"
+	"outbox-relay/internal/testenv"
+	"outbox-relay/migrations"
+	"outbox-relay/outbox"
+	"outbox-relay/replication"
+)
+
+var update = flag.Bool("update", false, "write testdata/session.* from what Postgres sends now")
+
+// session is what a walsender sent, message by message.
+type session struct {
+	table    uint32 // OID of the outbox
+	messages [][]byte
+}
+
+// sessionColumns are those of the captured sessions.
+var sessionColumns = outbox.Columns{Extra: []string{"tenant"}}
+
+// history is what happened while a session was captured. Each statement is a
+// transaction, and the last one inserts the event "last".
+var history = []string{
+	`insert into events (aggregate_type, event_type, payload, tenant) values
+		('order', 'created', '{"b": 1, "a": [1.10, 12345678901234567890, 1e400]}', 'acme'), ('order', 'paid', 'null', null)`,
+	`insert into events (aggregate_type, event_type, payload, aggregate_id, headers) values
+		('Größe', E'tab\tline\n', '"\u00e9 \" \\"', '', '{"traceparent": "00-1"}')`,
+	`insert into elsewhere values (1, 'not an event')`,
+	`do $$ begin
+		insert into events (aggregate_type, event_type, payload) values ('order', 'in a savepoint', '1');
+		begin
+			insert into events (aggregate_type, event_type, payload) values ('order', 'rolled back', '2');
+			raise exception 'x';
+		exception when others then null;
+		end;
+		insert into elsewhere values (2, 'between');
+		perform pg_logical_emit_message(true, 'a prefix', 'content');
+		perform pg_logical_emit_message(false, 'a prefix', 'content');
+		insert into events (aggregate_type, event_type, payload) values ('order', 'behind it', '3');
+	end $$`,
+	`update events set status = 'published'; delete from events where event_type = 'paid'`,
+	`alter table events add column more text default 'more'; alter table events alter column tenant set default 'none'`,
+	`insert into events (aggregate_type, event_type, payload) values ('order', 'toasted', (select to_jsonb(string_agg(md5(n::text), '')) from generate_series(1, 300) n))`,
+	`insert into events (aggregate_type, event_type, payload, tenant) values ('order', 'last', '{}', '')`,
+}
+
+// capture lets the history happen and returns what came out of a slot. The rows
+// that it inserted stay in the returned connection's database, in their order,
+// in the table kept.
+func capture(t *testing.T) (session, *pgx.Conn) {
+	t.Helper()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	config, err := pgx.ParseConfig(testenv.Database(t, testenv.Postgres(t)))
+	must(err)
+	sql, err := pgx.ConnectConfig(t.Context(), config)
+	must(err)
+	t.Cleanup(func() { sql.Close(context.Background()) })
+	target := migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}
+	must(migrations.Up(t.Context(), config, target, slog.New(slog.DiscardHandler)))
+	_, err = sql.Exec(t.Context(), `
+		alter table events add column tenant text;
+		create table elsewhere (id int primary key, payload text);
+		alter publication outbox_relay add table elsewhere;
+		create table kept (n serial, like events);
+		create function keep() returns trigger language plpgsql as
+			'begin insert into kept select nextval(''kept_n_seq''), new.*; return null; end';
+		create trigger keep after insert on events for each row execute function keep()`)
+	must(err)
+	target.Columns = sessionColumns.Extra
+	must(migrations.Up(t.Context(), config, target, slog.New(slog.DiscardHandler)))
+
+	conn, err := replication.Connect(t.Context(), &config.Config)
+	must(err)
+	t.Cleanup(conn.Close)
+	start, err := conn.CreateSlot(t.Context(), config.Database, false)
+	must(err)
+	for _, statement := range history {
+		_, err := sql.Exec(t.Context(), statement)
+		must(err)
+	}
+	reader, err := conn.Start(t.Context(), config.Database, "outbox_relay", start)
+	must(err)
+	var s session
+	must(sql.QueryRow(t.Context(), `select 'events'::regclass::oid`).Scan(&s.table))
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	err = reader.Run(ctx, &recorder{session: &s, stop: stop})
+	if !errors.Is(err, replication.ErrStopped) {
+		t.Fatal(err)
+	}
+	return s, sql
+}
+
+// recorder keeps the messages up to the end of the history.
+type recorder struct {
+	*session
+	last bool
+	stop func()
+}
+
+func (r *recorder) Data(_ pglogrepl.LSN, data []byte) error {
+	r.messages = append(r.messages, bytes.Clone(data))
+	r.last = r.last || data[0] == 'I' && bytes.Contains(data, []byte("\x04last"))
+	if r.last && data[0] == 'C' {
+		r.stop()
+	}
+	return nil
+}
+
+func (r *recorder) Keepalive(pglogrepl.LSN, bool) error { return nil }
+func (r *recorder) Idle()                               {}
+
+// dump decodes the session and prints its transactions: what a reviewer reads
+// beside the history. Long values are cut.
+func (s session) dump(t testing.TB) (events []string, all string) {
+	t.Helper()
+	var out strings.Builder
+	d := decoder.New(s.table, sessionColumns)
+	for i, m := range s.messages {
+		kind, err := d.Decode(exact(m))
+		if err != nil {
+			t.Fatalf("message %d: %v", i, err)
+		}
+		fmt.Fprintf(&out, "%c %d bytes", m[0], len(m))
+		switch kind {
+		case decoder.Insert:
+			events = append(events, fields(&d.Event))
+			fmt.Fprintf(&out, ": %s xid %d %s: %.200s", d.Event.Position, d.Event.XID,
+				d.Event.Commit.UTC().Format("2006-01-02T15:04:05.000000Z"), fields(&d.Event))
+		case decoder.Commit:
+			fmt.Fprintf(&out, ": up to %s", d.End)
+		}
+		fmt.Fprintln(&out)
+	}
+	return events, out.String()
+}
+
+// What comes out of Postgres is what stands in its table.
+func TestLiveSession(t *testing.T) {
+	s, sql := capture(t)
+	events, dump := s.dump(t)
+	rows, err := sql.Query(t.Context(), `select id, version::text, aggregate_type, aggregate_id, event_type, payload::text,
+		headers::text, 'pending', to_char(created_at at time zone 'UTC', 'YYYY-MM-DD HH24:MI:SS.FF6+00'), tenant from kept order by n`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for rows.Next() {
+		var e outbox.Event
+		var dest []any
+		for _, field := range sessionColumns.Fields(&e) {
+			dest = append(dest, field.Value)
+		}
+		if err := rows.Scan(dest...); err != nil {
+			t.Fatal(err)
+		}
+		e.CreatedAt = shortFraction(e.CreatedAt)
+		want = append(want, fields(&e))
+	}
+	if rows.Err() != nil {
+		t.Fatal(rows.Err())
+	}
+	if len(want) != 7 || !slices.Equal(events, want) {
+		t.Errorf("decoded\n%.3000s\nthe table has\n%.3000s", strings.Join(events, "\n"), strings.Join(want, "\n"))
+	}
+	for _, kind := range "BRIC" {
+		if !strings.Contains("\n"+dump, fmt.Sprintf("\n%c ", kind)) {
+			t.Errorf("the session has no message of kind %c:\n%s", kind, dump)
+		}
+	}
+	if *update {
+		s.write(t, dump)
+	}
+}
+
+// shortFraction writes a fraction of a second as timestamptz does.
+func shortFraction(v []byte) []byte {
+	v = bytes.TrimRight(bytes.TrimSuffix(v, []byte("+00")), "0")
+	return append(bytes.TrimSuffix(v, []byte(".")), "+00"...)
+}
+
+// A stored session decodes as it did when it was captured and read through.
+func TestGoldenSession(t *testing.T) {
+	want, err := os.ReadFile("testdata/session.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, got := golden(t).dump(t); got != string(want) {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+// No message of the stored session, cut anywhere, is taken for a whole one.
+func TestGoldenSessionTruncated(t *testing.T) {
+	s := golden(t)
+	d := decoder.New(s.table, sessionColumns)
+	for i, m := range s.messages {
+		ours := m[0] == 'I' && order.Uint32(m[1:]) == s.table
+		if ours || m[0] == 'B' || m[0] == 'C' || m[0] == 'R' {
+			for n := range min(len(m), 2000) {
+				one := decoder.New(s.table, sessionColumns)
+				decode(t, one, s.prefix(i)...)
+				if _, err := one.Decode(exact(m[:n])); !errors.Is(err, decoder.ErrMalformed) {
+					t.Fatalf("message %d, cut at %d of %d bytes: %v, want ErrMalformed", i, n, len(m), err)
+				}
+			}
+		}
+		decode(t, d, m)
+	}
+}
+
+// prefix returns what message i needs before it.
+func (s session) prefix(i int) [][]byte {
+	var relation, begin [][]byte
+	for _, m := range s.messages[:i] {
+		switch m[0] {
+		case 'R':
+			relation = append(relation, m)
+		case 'B':
+			begin = [][]byte{m}
+		case 'C':
+			begin = nil
+		}
+	}
+	return append(relation, begin...)
+}
+
+func (s session) write(t *testing.T, dump string) {
+	t.Helper()
+	var out bytes.Buffer
+	fmt.Fprintf(&out, "%d\n", s.table)
+	for _, m := range s.messages {
+		fmt.Fprintf(&out, "%x\n", m)
+	}
+	for name, data := range map[string][]byte{"session.hex": out.Bytes(), "session.txt": []byte(dump)} {
+		if err := os.WriteFile("testdata/"+name, data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// golden reads testdata/session.hex: the table's OID, then a message a line.
+func golden(t testing.TB) session {
+	t.Helper()
+	file, err := os.Open("testdata/session.hex")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	var s session
+	if _, err := fmt.Fscanln(file, &s.table); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(file)
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
+		m, err := hex.DecodeString(lines.Text())
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.messages = append(s.messages, m)
+	}
+	if err := lines.Err(); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
