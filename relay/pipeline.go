@@ -41,6 +41,7 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 		found:   from.found,
 	}
 	p.chain = s.relay.client.NewChain(s.stream, from.checkpoint.Foreign, p)
+	recorder.inflight = p.chain.InFlight
 	return p
 }
 
@@ -53,7 +54,7 @@ func (p *pipeline) Data(start pglogrepl.LSN, data []byte) error {
 	case kind == decoder.Insert:
 		return p.event(&p.decoder.Event)
 	case kind == decoder.Commit:
-		p.tracker.Cover(p.decoder.End)
+		p.cover(p.decoder.End)
 	}
 	return nil
 }
@@ -62,12 +63,17 @@ func (p *pipeline) Data(start pglogrepl.LSN, data []byte) error {
 // keepalive's WAL end is a marker without events.
 func (p *pipeline) Keepalive(walEnd pglogrepl.LSN, urgent bool) error {
 	if !p.decoder.InTransaction() {
-		p.tracker.Cover(walEnd)
+		p.cover(walEnd)
 	}
 	if urgent {
 		p.recorder.hurry()
 	}
 	return nil
+}
+
+func (p *pipeline) cover(lsn pglogrepl.LSN) {
+	p.tracker.Cover(lsn)
+	p.relay.metrics.received.Set(float64(lsn))
 }
 
 // Idle implements replication.Handler: nothing published waits longer than the

@@ -44,6 +44,8 @@ type recorder struct {
 	swept     time.Time
 	calm      calmer
 
+	inflight func() (events, bytes int) // of the chain
+
 	urgent   chan struct{}
 	requests chan request
 }
@@ -306,6 +308,9 @@ func (r *recorder) sweep(ctx context.Context) error {
 
 func (r *recorder) observe() {
 	m := r.relay.metrics
+	events, bytes := r.inflight()
+	m.inflight.Set(float64(events))
+	m.inflightBytes.Set(float64(bytes))
 	m.waiting.Set(float64(r.waiting))
 	m.unrecorded.Set(float64(r.tracker.Len()))
 	m.confirmed.Set(float64(r.reader.Confirmed()))

@@ -7,8 +7,9 @@ import (
 
 const (
 	readBuffer = 1 << 20
-	busyRead   = 32 << 10               // a read of at least this much means load
-	pileUp     = 400 * time.Microsecond // how long bytes then may pile up
+	pileUp     = 400 * time.Microsecond // how long bytes may pile up under load
+	paceWindow = 2 * time.Millisecond   // over which the load is measured
+	busyRate   = 2 << 20                // bytes a second that count as load: about 4,000 small transactions
 )
 
 // pacedReader buffers reads and, under load only, waits a little before it
@@ -18,8 +19,11 @@ type pacedReader struct {
 	r          io.Reader
 	buf        []byte
 	begin, end int
-	busy       bool
 	idle       func() // called before each read
+
+	busy   bool
+	since  time.Time // when the window began
+	gained int       // bytes read in it
 }
 
 func newPacedReader(r io.Reader) *pacedReader {
@@ -45,9 +49,20 @@ func (p *pacedReader) fill() error {
 	}
 	n, err := p.r.Read(p.buf)
 	p.begin, p.end = 0, n
-	p.busy = n >= busyRead
+	p.measure(n, time.Now())
 	if n > 0 {
 		return nil
 	}
 	return err
+}
+
+// measure decides, once a window, whether there is load.
+func (p *pacedReader) measure(n int, now time.Time) {
+	p.gained += n
+	elapsed := now.Sub(p.since)
+	if elapsed < paceWindow {
+		return
+	}
+	p.busy = float64(p.gained) > busyRate*elapsed.Seconds()
+	p.since, p.gained = now, 0
 }

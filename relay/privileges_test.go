@@ -1,0 +1,55 @@
+package relay_test
+
+import (
+	"net/url"
+	"os"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/internal/testenv"
+)
+
+// readmeRole is the SQL of the README that makes the relay's role.
+func (b *bundle) readmeRole() string {
+	b.Helper()
+	readme, err := os.ReadFile("../README.md")
+	b.must(err)
+	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE.*?)```").FindSubmatch(readme)
+	if block == nil {
+		b.Fatal("README.md has no SQL that creates the role")
+	}
+	config, err := pgx.ParseConfig(b.url)
+	b.must(err)
+	return strings.ReplaceAll(string(block[1]), "DATABASE app", "DATABASE "+pgx.Identifier{config.Database}.Sanitize())
+}
+
+// The relay lives on what the README grants: all that it does to rows is here.
+func TestLeastPrivilege(t *testing.T) {
+	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
+	grants, deletes, _ := strings.Cut(b.readmeRole(), "-- only with")
+	b.exec(grants)
+	address, err := url.Parse(b.url)
+	b.must(err)
+	address.User = url.UserPassword("relay", "secret")
+	b.env["OUTBOX_POSTGRES_URL"] = address.String()
+
+	r := b.streaming()
+	ids := b.insert(10)
+	bad := b.insertTooLarge()
+	more := b.insert(10)
+	b.requireStatus("published", append(ids, more...))
+	b.requireStatus("failed", []string{bad})
+	if code := r.Terminate(); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+
+	_, grant, _ := strings.Cut(deletes, "\n")
+	b.exec(grant)
+	b.streaming("AFTER_PUBLISH=delete")
+	gone := b.insert(10)
+	b.requireNoRows(gone)
+	b.requireStream(append(append(ids, more...), gone...))
+}
