@@ -111,7 +111,7 @@ func (s *session) connectSQL(ctx context.Context) error {
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		// "The transaction has already committed locally, but might not have
 		// been replicated to the standby." (syncrep.c)
-		if notice.Severity == "WARNING" && notice.Code == "01000" && s.store != nil {
+		if notice.SeverityUnlocalized == "WARNING" && notice.Code == "01000" && s.store != nil {
 			s.store.NotReplicated()
 		}
 	}
