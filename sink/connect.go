@@ -5,6 +5,7 @@ package sink
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -174,13 +175,13 @@ func permanent(err error) bool {
 			return false
 		}
 	}
-	for _, fault := range []error{nats.ErrSecureConnRequired, nats.ErrSecureConnWanted, nats.ErrNkeysNotSupported,
-		nats.ErrClientCertOrRootCAsRequired, nats.ErrInvalidArg} {
+	for _, fault := range []error{errTrust, nats.ErrSecureConnWanted, nats.ErrNkeysNotSupported, nats.ErrInvalidArg} {
 		if errors.Is(err, fault) {
 			return true
 		}
 	}
-	return false
+	var unverified *tls.CertificateVerificationError
+	return errors.As(err, &unverified)
 }
 
 func (c *Client) checkServer() error {

@@ -150,22 +150,25 @@ func (w *wire) serverName(address string) string {
 	return host
 }
 
+// errTrust says that a file of TLS can't be used.
+var errTrust = errors.New("TLS to NATS can't be set up")
+
 func (t TLS) config(serverName string) (*tls.Config, error) {
 	config := &tls.Config{ServerName: serverName, MinVersion: tls.VersionTLS12}
 	if t.CA != "" {
 		pem, err := os.ReadFile(t.CA)
 		if err != nil {
-			return nil, fmt.Errorf("OUTBOX_NATS_CA: %w", err)
+			return nil, fmt.Errorf("%w: OUTBOX_NATS_CA: %w", errTrust, err)
 		}
 		config.RootCAs = x509.NewCertPool()
 		if !config.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("OUTBOX_NATS_CA: %s holds no certificate in PEM", t.CA)
+			return nil, fmt.Errorf("%w: OUTBOX_NATS_CA: %s holds no certificate in PEM", errTrust, t.CA)
 		}
 	}
 	if t.Cert != "" {
 		pair, err := tls.LoadX509KeyPair(t.Cert, t.Key)
 		if err != nil {
-			return nil, fmt.Errorf("OUTBOX_NATS_CERT, OUTBOX_NATS_KEY: %w", err)
+			return nil, fmt.Errorf("%w: OUTBOX_NATS_CERT, OUTBOX_NATS_KEY: %w", errTrust, err)
 		}
 		config.Certificates = []tls.Certificate{pair}
 	}
