@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -104,10 +103,7 @@ func (s *session) connectSQL(ctx context.Context) error {
 	} {
 		config.RuntimeParams[name] = value
 	}
-	config.DialFunc = (&net.Dialer{
-		Timeout:         10 * time.Second,
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
-	}).DialContext
+	config.DialFunc = replication.Dial
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		// "The transaction has already committed locally, but might not have
 		// been replicated to the standby." (syncrep.c)

@@ -59,10 +59,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	} {
 		config.RuntimeParams[name] = value
 	}
-	config.DialFunc = (&net.Dialer{
-		Timeout:         10 * time.Second,
-		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
-	}).DialContext
+	config.DialFunc = Dial
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 		c.r = newPacedReader(r)
 		return pgproto3.NewFrontend(c.r, w)
@@ -73,6 +70,16 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	}
 	c.pg = pg
 	return c, nil
+}
+
+// Dial notices within about ten seconds that the other side is gone, also
+// where nothing is sent.
+func Dial(ctx context.Context, network, address string) (net.Conn, error) {
+	dialer := net.Dialer{
+		Timeout:         10 * time.Second,
+		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
+	}
+	return dialer.DialContext(ctx, network, address)
 }
 
 // System is what IDENTIFY_SYSTEM tells.
