@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -62,12 +63,39 @@ func (s *session) createSlot(ctx context.Context) error {
 		return fmt.Errorf("ask Postgres for its version: %w", err)
 	}
 	s.log.Info("creating the slot: this waits for every transaction that is open in the cluster", "slot", s.table.Slot)
+	telling, stop := context.WithCancel(ctx)
+	var teller sync.WaitGroup
+	teller.Go(func() { s.tellWaiting(telling) })
 	point, err := s.conn.CreateSlot(ctx, s.table.Slot, version >= 170000)
+	stop()
+	teller.Wait()
 	if err != nil {
 		return err
 	}
 	s.log.Info("created the slot", "slot", s.table.Slot, "consistent_point", point.String())
 	return nil
+}
+
+// tellWaiting names, from time to time, the backend whose transaction the slot
+// waits for. It has the SQL connection until ctx ends.
+func (s *session) tellWaiting(ctx context.Context) {
+	for pause(ctx, 5*time.Second) == nil {
+		var pid int
+		var since *time.Time
+		// pg_locks shows to everybody who has a transaction id.
+		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, a.xact_start
+			from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
+			where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> pg_catalog.pg_backend_pid()
+			order by l.transactionid::text::bigint limit 1`).Scan(&pid, &since)
+		if err != nil {
+			continue // none, or the connection is broken, which its next user finds
+		}
+		args := []any{"slot", s.table.Slot, "pid", pid, "remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid)}
+		if since != nil {
+			args = append(args, "since", since.UTC())
+		}
+		s.log.Warn("the slot still waits for an open transaction", args...)
+	}
 }
 
 // resume starts to stream and finds out where: it matches the messages that

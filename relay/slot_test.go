@@ -1,0 +1,34 @@
+package relay_test
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"outbox-relay/internal/testenv"
+)
+
+// A slot can't be made before every open transaction has ended: the relay says
+// which one it waits for, leaves at once when told to, and takes the slot up
+// where it was left.
+func TestSlotWaitsForAnOpenTransaction(t *testing.T) {
+	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
+	application := b.connect()
+	tx, err := application.Begin(t.Context())
+	b.must(err)
+	early := insert(b, tx, 1)
+	r := b.start()
+	r.WaitLog(fmt.Sprintf("pid=%d", application.PgConn().PID()))
+	if code := r.Terminate(); code != 0 {
+		t.Fatalf("exit code %d", code)
+	}
+	b.start()
+	b.must(tx.Commit(context.Background()))
+	testenv.Eventually(t, "a slot", func() bool {
+		return b.count(`select count(*) from outbox_relay_checkpoints where phase = 'streaming'`) == 1
+	})
+	ids := b.insert(3)
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	b.requireStatus("pending", early) // from before the slot
+}
