@@ -64,10 +64,13 @@ func parseAck(data []byte) (ack, error) {
 
 var (
 	ackStream   = []byte(`{"stream":"`)
-	ackSequence = []byte(`,"seq":`)
+	ackSequence = []byte(`"seq":`)
+	comma       = []byte(",")
+	blank       = []byte(" ")
 )
 
-// plainAck reads exactly {"stream":"NAME","seq":N}, also with a blank before N.
+// plainAck reads exactly {"stream":"NAME","seq":N}, also with a blank behind
+// comma and colon, as older servers have it.
 func plainAck(data []byte) (ack, bool) {
 	rest, ok := bytes.CutPrefix(data, ackStream)
 	if !ok {
@@ -78,11 +81,12 @@ func plainAck(data []byte) (ack, bool) {
 		return ack{}, false
 	}
 	stream := rest[:end]
-	rest, ok = bytes.CutPrefix(bytes.TrimPrefix(rest[end+1:], []byte{' '}), ackSequence)
-	if !ok || len(rest) < 2 || rest[len(rest)-1] != '}' {
+	rest, separated := bytes.CutPrefix(rest[end+1:], comma)
+	rest, ok = bytes.CutPrefix(bytes.TrimPrefix(rest, blank), ackSequence)
+	if !separated || !ok || len(rest) < 2 || rest[len(rest)-1] != '}' {
 		return ack{}, false
 	}
-	sequence, err := strconv.ParseUint(string(bytes.TrimPrefix(rest[:len(rest)-1], []byte{' '})), 10, 64)
+	sequence, err := strconv.ParseUint(string(bytes.TrimPrefix(rest[:len(rest)-1], blank)), 10, 64)
 	if err != nil || sequence == 0 {
 		return ack{}, false
 	}

@@ -1,6 +1,7 @@
 package sink
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -80,13 +81,14 @@ func newBuilder(config MessageConfig) *builder {
 // is the largest message that the server and the stream take, in bytes.
 func (b *builder) build(e *outbox.Event, limit int) error {
 	b.reset(e)
+	// Whoever reads a header trims blanks and tabs, so the id would be another.
+	if !legalValue(e.ID) || len(e.ID) == 0 || len(bytes.Trim(e.ID, " \t")) != len(e.ID) {
+		return rejected("the id cannot stand in the header Nats-Msg-Id: it is empty, has control characters, or begins or ends with a space or tab")
+	}
+	b.plain("Nats-Msg-Id", e.ID)
 	if err := b.makeSubject(); err != nil {
 		return err
 	}
-	if !legalValue(e.ID) || len(e.ID) == 0 || e.ID[0] == ' ' || e.ID[len(e.ID)-1] == ' ' {
-		return rejected("the id cannot stand in the header Nats-Msg-Id: it is empty, has control characters, or begins or ends with a space")
-	}
-	b.plain("Nats-Msg-Id", e.ID)
 	b.position()
 	if b.config.CloudEvents {
 		b.cloudEvent()
