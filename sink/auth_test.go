@@ -1,11 +1,13 @@
 package sink
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -94,7 +96,9 @@ func TestAuth(t *testing.T) {
 
 func requireRefused(t *testing.T, config Config) {
 	t.Helper()
-	client, err := Connect(t.Context(), config, slog.New(slog.DiscardHandler))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	client, err := Connect(ctx, config, slog.New(slog.DiscardHandler))
 	if err == nil {
 		client.Close()
 	}
