@@ -117,13 +117,14 @@ func (t Table) failed(source string) string {
 }
 
 // Leftovers returns the SQL that writes the outcomes of rows that were locked,
-// as far as they are free by now, and counts those that still wait.
+// as far as they are free by now, and counts those that still wait. It takes
+// any of them, so that none waits behind rows that stay locked.
 func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 	return checkpoint.Effects{
 		Args: pgx.NamedArgs{},
 		CTE: fmt.Sprintf(`,
 		due as materialized (select l.id, l.outcome, l.reason from %[3]s l, advanced
-			where l.slot = @slot and l.event is null order by l.id limit 1000),
+			where l.slot = @slot and l.event is null order by random() limit 1000),
 		seen as (select e.id, e.status from %[1]s e join due on due.id = e.id),
 		free as materialized (select e.id, due.outcome, due.reason from %[1]s e join due on due.id = e.id
 			where e.status = 'pending' for no key update of e skip locked),

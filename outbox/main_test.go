@@ -1,0 +1,9 @@
+package outbox_test
+
+import (
+	"testing"
+
+	"outbox-relay/internal/testenv"
+)
+
+func TestMain(m *testing.M) { testenv.Main(m) }
