@@ -81,7 +81,23 @@ func (s *session) connect(ctx context.Context) error {
 	if err := s.connectReplication(ctx); err != nil {
 		return err
 	}
+	if err := s.checkSlot(ctx); err != nil {
+		return err
+	}
 	return s.connectStream(ctx)
+}
+
+// checkSlot refuses a slot that no relay of this database can use, before a
+// stream is made in its name.
+func (s *session) checkSlot(ctx context.Context) error {
+	slot, err := replication.ReadSlot(ctx, s.sql, s.table.Slot)
+	switch {
+	case errors.Is(err, replication.ErrNoSlot):
+		return nil
+	case err != nil:
+		return err
+	}
+	return slot.Check(s.system.Database)
 }
 
 func (s *session) connectSQL(ctx context.Context) error {
@@ -126,6 +142,10 @@ func explainConnect(err error) error {
 		return fmt.Errorf("connect to Postgres: %w: check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf", err)
 	case errors.As(err, &pgErr) && pgErr.Code == "08P01":
 		return fmt.Errorf("connect to Postgres: %w: is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself", err)
+	case errors.As(err, &pgErr) && pgErr.Code == "3D000":
+		return fmt.Errorf("connect to Postgres: %w: create the database, or correct OUTBOX_POSTGRES_URL", err)
+	case pgErr == nil:
+		return fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
 	}
 	return fmt.Errorf("connect to Postgres: %w", err)
 }
