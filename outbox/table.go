@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
@@ -65,9 +66,19 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 		return l, fmt.Errorf("table %s does not exist (OUTBOX_TABLE): create it with `outbox-relay migrate`", t)
 	}
 	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
-		return l, fmt.Errorf("table %s has no column %s: add it, or let `outbox-relay migrate` make the table", t, strings.Join(missing, ", "))
+		return l, fmt.Errorf("table %s has no column %s: %s", t, strings.Join(missing, ", "), t.Columns.remedy(missing))
 	}
 	return l, t.checkOwnTables(ctx, conn)
+}
+
+// remedy says what to do about columns that the table lacks.
+func (c Columns) remedy(missing []string) string {
+	for _, name := range c.Extra {
+		if slices.Contains(missing, name) {
+			return "add it, or leave it out of OUTBOX_SUBJECT"
+		}
+	}
+	return "add it, or let `outbox-relay migrate` make the table"
 }
 
 // Lacks returns those of the names that the table has not.
