@@ -27,6 +27,9 @@ const (
 // carried is unknown, so it can't be skipped.
 var ErrMalformed = errors.New("malformed pgoutput message")
 
+// ErrNoID says that events come without their id: nothing can be done with them.
+var ErrNoID = errors.New("column id was renamed or not published")
+
 // Decoder decodes the messages of one replication session, in order. Not safe
 // for concurrent use.
 type Decoder struct {
@@ -128,7 +131,11 @@ func (d *Decoder) relation(data []byte) error {
 	}
 	rel := &relation{slots: make([]*[]byte, len(msg.Columns))}
 	for _, field := range d.columns.Fields(&d.Event) {
-		if !rel.bind(msg.Columns, field) {
+		bound := rel.bind(msg.Columns, field)
+		if !bound && field.Name == "id" {
+			return ErrNoID
+		}
+		if !bound {
 			rel.missing = append(rel.missing, field.Name)
 			rel.fields = append(rel.fields, field)
 		}

@@ -111,7 +111,9 @@ func (p *pipeline) event(e *outbox.Event) error {
 	return p.rejected(index, e, p.chain.Publish(p.ctx, index, e))
 }
 
-func pending(e *outbox.Event) bool { return string(e.Status) == "pending" }
+// pending reports whether the insert is an event. One whose status was not
+// published, since the column had another name then, is.
+func pending(e *outbox.Event) bool { return e.Status == nil || string(e.Status) == "pending" }
 
 // known takes an event that was found in the stream. It returns false for one
 // that was overtaken there, and is still to be sent.
@@ -145,7 +147,7 @@ func (p *pipeline) fill(e *outbox.Event) error {
 	}
 	p.chain.Flush()
 	err := p.recorder.visible(p.ctx, e.XID, func(ctx context.Context) error {
-		return p.table.Fill(ctx, p.sql, e, names)
+		return p.explainSchema(ctx, p.table.Fill(ctx, p.sql, e, names))
 	})
 	if errors.Is(err, outbox.ErrNoRow) {
 		return &sink.RejectedError{Reason: fmt.Sprintf("its columns %v were not published when it was inserted, and its row is gone", names)}

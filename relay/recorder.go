@@ -175,7 +175,7 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
 	case r.sql.IsClosed() || !passes(err) || errors.Is(err, checkpoint.ErrSuperseded) || errors.Is(err, checkpoint.ErrNotReplicated):
-		return false, err
+		return false, r.explainSchema(ctx, err)
 	}
 	if r.calm.news(err) {
 		r.log.Warn("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)

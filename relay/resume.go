@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
@@ -161,10 +162,43 @@ func (s *session) explainResume(ctx context.Context, cp checkpoint.Checkpoint, e
 		err, cp.Position, s.stream.Last, s.table.Schema, s.stream.Last, s.table.Slot)
 }
 
+// startAnew is the last remedy: what the slot still had stays pending.
+func (s *session) startAnew() string {
+	return fmt.Sprintf("to start anew with new events only: SELECT pg_drop_replication_slot('%s'); DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s'",
+		s.table.Slot, s.table.Schema, s.table.Slot)
+}
+
+// explainReading adds what to do about WAL that the slot can never read past:
+// Postgres looks the publication and the columns' names up as they were when
+// the events were inserted.
+func (s *session) explainReading(err error) error {
+	var pgErr *pgconn.PgError
+	noPublication := errors.Is(err, replication.ErrPublication) || errors.As(err, &pgErr) && pgErr.Code == "42704"
+	switch {
+	case noPublication:
+		return fmt.Errorf("%w: events that were committed while the publication was missing can't be read from the slot; they stand in the table with status 'pending'. "+
+			"Make it with `outbox-relay migrate`, then, %s; insert the pending rows anew to publish them", err, s.startAnew())
+	case errors.Is(err, decoder.ErrNoID):
+		return fmt.Errorf("%w in table %s when they were inserted, so they can't be told from others; they stand in the table with status 'pending'. "+
+			"Give the column its name back, then, %s; insert the pending rows anew to publish them", err, s.table, s.startAnew())
+	}
+	return err
+}
+
+// explainSchema says what the table lacks, where that is why a statement failed.
+func (s *session) explainSchema(ctx context.Context, err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && (pgErr.Code == "42703" || pgErr.Code == "42P01") { // undefined column, undefined table
+		if _, fault := s.table.Inspect(ctx, s.sql); fault != nil {
+			return fault
+		}
+	}
+	return err
+}
+
 // verify holds the checkpoint against slot, server, stream and publication.
 func (s *session) verify(ctx context.Context, cp checkpoint.Checkpoint, slot replication.Slot) error {
-	fresh := fmt.Sprintf("to start anew with new events only: SELECT pg_drop_replication_slot('%s'); DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s'",
-		s.table.Slot, s.table.Schema, s.table.Slot)
+	fresh := s.startAnew()
 	switch {
 	case cp.SystemID != s.system.ID:
 		return fmt.Errorf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied: %s", cp.SystemID, s.system.ID, fresh)
@@ -200,6 +234,9 @@ func (s *session) verifyPublication(ctx context.Context, cp checkpoint.Checkpoin
 // publicationChanged says what is wrong with the publication now, or that it
 // was changed and inserts may have been passed over meanwhile.
 func (s *session) publicationChanged(ctx context.Context) error {
+	if _, err := s.table.Inspect(ctx, s.sql); err != nil {
+		return err
+	}
 	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
 		return err
 	}
@@ -278,7 +315,7 @@ func (s *session) readIDs(ctx context.Context, reader *replication.Session, afte
 	if errors.Is(err, errEnough) {
 		return collect.ids, nil
 	}
-	return nil, first(context.Cause(ctx), err)
+	return nil, first(context.Cause(ctx), s.explainReading(err))
 }
 
 var errEnough = errors.New("enough")

@@ -268,7 +268,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	s.relay.streamed = true
 	s.relay.state.Store(Streaming)
 	s.log.Info("streaming", "slot", s.table.Slot, "stream", s.stream.Name, "position", cp.Position.String(), "sequence", s.stream.Last)
-	err := from.reader.Run(reading, p)
+	err := s.explainReading(from.reader.Run(reading, p))
 
 	if p.halted != nil || (ctx.Err() != nil && work.Err() == nil) {
 		s.relay.state.Store(Stopping)
