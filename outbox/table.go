@@ -78,7 +78,7 @@ func (c Columns) remedy(missing []string) string {
 			return "add it, or leave it out of OUTBOX_SUBJECT"
 		}
 	}
-	return "add it, or let `outbox-relay migrate` make the table"
+	return "add it, or give it its name back"
 }
 
 // Lacks returns those of the names that the table has not.
