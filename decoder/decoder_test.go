@@ -274,3 +274,13 @@ func TestDecodingAllocatesNothing(t *testing.T) {
 		t.Errorf("%v allocations in a transaction of two events, want none", allocations)
 	}
 }
+
+// A Relation of the outbox without the id is no malformed one: somebody renamed
+// the column, or took it out of the publication.
+func TestRelationWithoutID(t *testing.T) {
+	d := decoder.New(table, outbox.Columns{})
+	if _, err := d.Decode(relation(table, usual[1:]...)); !errors.Is(err, decoder.ErrNoID) {
+		t.Errorf("got %v, want ErrNoID", err)
+	}
+	decode(t, d, relation(other, usual[1:]...)) // of another table it says nothing
+}
