@@ -52,7 +52,8 @@ type Checkpoint struct {
 }
 
 // Store reads and writes the checkpoint of one slot. It uses, and does not own,
-// a connection with synchronous_commit on. Not safe for concurrent use.
+// a connection with synchronous_commit on. A write returns ErrNotReplicated
+// where its commit may not last. Not safe for concurrent use.
 type Store struct {
 	conn  *pgx.Conn
 	table string // quoted
@@ -79,16 +80,13 @@ const columns = `format, phase, system_identifier, timeline, commit_lsn::text, o
 // Create writes the row of a slot that does not exist yet. It does nothing
 // where the row is there already.
 func (s *Store) Create(ctx context.Context, c Checkpoint) error {
-	_, err := s.conn.Exec(ctx, `insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
+	_, err := s.exec(ctx, "create", `insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
 			commit_lsn, ordinal, confirmed_lsn, stream, stream_created_at, stream_sequence, unrecorded_bound)
 		values (@slot, @format, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0)
 		on conflict (slot) do nothing`,
 		pgx.NamedArgs{"slot": s.slot, "format": Format, "system": c.SystemID, "timeline": c.Timeline,
 			"stream": c.Stream, "created": c.StreamCreated, "sequence": c.Sequence})
-	if err != nil {
-		return fmt.Errorf("create checkpoint of slot %s: %w", s.slot, err)
-	}
-	return nil
+	return err
 }
 
 // Read returns the checkpoint, or ErrNone.
@@ -101,17 +99,18 @@ func (s *Store) Read(ctx context.Context) (Checkpoint, error) {
 // statement: from here on no older connection can move it. To be called after
 // START_REPLICATION was accepted, so that two relays never claim in turn.
 func (s *Store) Claim(ctx context.Context) (Checkpoint, error) {
+	s.notReplicated = false
 	c, epoch, err := scan(s.conn.QueryRow(ctx,
 		`update `+s.table+` set epoch = epoch + 1 where slot = $1 returning epoch, `+columns, s.slot))
 	s.epoch = epoch
-	return c, s.explain("claim", err)
+	return c, s.explain("claim", s.durable(err))
 }
 
 // Begin records that the relay starts to publish behind the claimed
 // checkpoint: where the slot starts, what the publication looks like, and how
 // many events may from now on be stored without being recorded.
 func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
-	tag, err := s.conn.Exec(ctx, `update `+s.table+` set phase = 'streaming', format = @format,
+	return s.execClaimed(ctx, "begin", `update `+s.table+` set phase = 'streaming', format = @format,
 			timeline = @timeline, commit_lsn = @commit::pg_lsn, ordinal = @ordinal, confirmed_lsn = @confirmed::pg_lsn,
 			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign, publication_state = @publication,
 			updated_at = now()
@@ -119,31 +118,43 @@ func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
 		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "format": Format, "timeline": c.Timeline,
 			"commit": c.Position.Commit.String(), "ordinal": c.Position.Ordinal, "confirmed": c.Confirmed.String(),
 			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication})
-	if err == nil && tag.RowsAffected() == 0 {
-		err = ErrSuperseded
-	}
-	return s.explain("begin", err)
 }
 
 // Settle records that nothing is stored beyond the checkpoint: a clean stop. A
 // message that is gone by the next start was then not ours.
 func (s *Store) Settle(ctx context.Context) error {
-	tag, err := s.conn.Exec(ctx, `update `+s.table+` set unrecorded_bound = 0 where slot = $1 and epoch = $2`,
+	return s.execClaimed(ctx, "settle", `update `+s.table+` set unrecorded_bound = 0 where slot = $1 and epoch = $2`,
 		s.slot, s.epoch)
-	if err == nil && tag.RowsAffected() == 0 {
-		err = ErrSuperseded
-	}
-	return s.explain("settle", err)
 }
 
 // NoteForeign records that a message which is not ours was seen in the stream.
 func (s *Store) NoteForeign(ctx context.Context) error {
-	tag, err := s.conn.Exec(ctx, `update `+s.table+` set foreign_seen = true where slot = $1 and epoch = $2`,
+	return s.execClaimed(ctx, "note a foreign message in the", `update `+s.table+` set foreign_seen = true where slot = $1 and epoch = $2`,
 		s.slot, s.epoch)
-	if err == nil && tag.RowsAffected() == 0 {
-		err = ErrSuperseded
+}
+
+// execClaimed runs a statement that changes our row only under our epoch.
+func (s *Store) execClaimed(ctx context.Context, verb, sql string, args ...any) error {
+	rows, err := s.exec(ctx, verb, sql, args...)
+	if err == nil && rows == 0 {
+		err = s.explain(verb, ErrSuperseded)
 	}
-	return s.explain("note a foreign message", err)
+	return err
+}
+
+func (s *Store) exec(ctx context.Context, verb, sql string, args ...any) (rows int64, err error) {
+	s.notReplicated = false
+	tag, err := s.conn.Exec(ctx, sql, args...)
+	return tag.RowsAffected(), s.explain(verb, s.durable(err))
+}
+
+// durable adds what a statement's own error does not tell: that its commit is
+// only local.
+func (s *Store) durable(err error) error {
+	if err == nil && s.notReplicated {
+		return ErrNotReplicated
+	}
+	return err
 }
 
 // Advance is one step of the checkpoint.
@@ -169,8 +180,8 @@ type Effects struct {
 // Advance moves the checkpoint and applies the effects in one statement. One
 // statement holds no lock between two messages of a client: a relay that
 // freezes can't bar its successor. It returns ErrSuperseded where the epoch is
-// gone, and ErrNotReplicated where the commit may not last; after that, as
-// after any lost connection, the caller must claim and read again.
+// gone; after that, after ErrNotReplicated, and after a lost connection, the
+// caller must claim and read again.
 func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": a.Position.Commit.String(),
 		"ordinal": a.Position.Ordinal, "sequence": a.Sequence, "message": a.MessageID, "confirm": a.Confirm.String()}
@@ -186,10 +197,7 @@ func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 	var moved int
 	s.notReplicated = false
 	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&moved}, e.Dest...)...)
-	switch {
-	case err == nil && s.notReplicated:
-		err = ErrNotReplicated
-	case err == nil && moved == 0:
+	if err = s.durable(err); err == nil && moved == 0 {
 		err = ErrSuperseded
 	}
 	return s.explain("advance", err)

@@ -380,25 +380,32 @@ func TestCommitThatIsOnlyLocal(t *testing.T) {
 	t.Cleanup(func() { conn.Close(context.Background()) })
 	store = checkpoint.NewStore(conn, "public", "slot")
 	b.must(store.Create(t.Context(), first))
-	_, err = store.Claim(t.Context())
-	b.must(err)
-
+	writes := map[string]func() error{
+		"claim":        func() error { _, err := store.Claim(t.Context()); return err },
+		"begin":        func() error { return store.Begin(t.Context(), first) },
+		"settle":       func() error { return store.Settle(t.Context()) },
+		"note foreign": func() error { return store.NoteForeign(t.Context()) },
+		"advance":      func() error { return store.Advance(t.Context(), step, checkpoint.Effects{}) },
+	}
+	b.must(writes["claim"]())
 	b.exec(`alter system set synchronous_standby_names = 'nobody'`)
 	b.exec(`select pg_reload_conf()`)
 	testenv.Eventually(t, "the standby to be waited for", func() bool {
 		return b.text(`show synchronous_standby_names`) == "nobody"
 	})
-	done := make(chan error, 1)
-	go func() { done <- store.Advance(t.Context(), step, checkpoint.Effects{}) }()
-	testenv.Eventually(t, "the commit to wait for the standby", func() bool {
-		return b.text(`select count(*)::text from pg_stat_activity where pid = $1 and wait_event = 'SyncRep'`, conn.PgConn().PID()) == "1"
-	})
-	b.exec(fmt.Sprintf(`select pg_cancel_backend(%d)`, conn.PgConn().PID()))
-	if err := <-done; !errors.Is(err, checkpoint.ErrNotReplicated) {
-		t.Errorf("got %v, want ErrNotReplicated", err)
+	for name, write := range writes {
+		done := make(chan error, 1)
+		go func() { done <- write() }()
+		testenv.Eventually(t, "the commit to wait for the standby", func() bool {
+			return b.text(`select count(*)::text from pg_stat_activity where pid = $1 and wait_event = 'SyncRep'`, conn.PgConn().PID()) == "1"
+		})
+		b.exec(fmt.Sprintf(`select pg_cancel_backend(%d)`, conn.PgConn().PID()))
+		if err := <-done; !errors.Is(err, checkpoint.ErrNotReplicated) {
+			t.Errorf("%s: got %v, want ErrNotReplicated", name, err)
+		}
 	}
 	b.exec(`alter system reset synchronous_standby_names`)
 	b.exec(`select pg_reload_conf()`)
 	testenv.Eventually(t, "no standby to be waited for", func() bool { return b.text(`show synchronous_standby_names`) == "" })
-	b.must(store.Advance(t.Context(), step, checkpoint.Effects{})) // the warning was of the one before
+	b.must(writes["advance"]()) // the warning was of the one before
 }

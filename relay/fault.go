@@ -2,6 +2,7 @@ package relay
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -26,7 +27,7 @@ type HaltError struct {
 
 func (e *HaltError) Error() string {
 	return "halted before event " + e.ID + ", which can never be stored: " + e.Reason +
-		": change what refuses it, delete the row's event from the slot's way with OUTBOX_ON_REJECT=park, or correct the limit"
+		": raise the limit that it exceeds, or set OUTBOX_ON_REJECT=park to record it as failed and go on"
 }
 
 // passes reports whether waiting may mend the error: the relay then starts a
@@ -87,9 +88,18 @@ func passesInPostgres(code string) bool {
 	return false
 }
 
-// wrongPassword reports whether Postgres refuses the role: fatal at start,
-// waited out later, since a password can be rotated.
+// distrust reports whether Postgres refuses the role, or we its certificate:
+// fatal at start, waited out later, since both can be rotated.
+func distrust(err error) bool {
+	return wrongPassword(err) || wrongCertificate(err)
+}
+
 func wrongPassword(err error) bool {
 	var pgErr *pgconn.PgError
 	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "28")
+}
+
+func wrongCertificate(err error) bool {
+	var unverified *tls.CertificateVerificationError
+	return errors.As(err, &unverified)
 }

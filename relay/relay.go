@@ -125,14 +125,14 @@ func (c *calmer) news(err error) bool {
 }
 
 func (r *Relay) fatal(err error) bool {
-	if wrongPassword(err) {
+	if distrust(err) {
 		return !r.streamed
 	}
 	return isFatal(err)
 }
 
 func isFatal(err error) bool {
-	return err != nil && !passes(err) && !wrongPassword(err) && !errors.Is(err, context.Canceled)
+	return err != nil && !passes(err) && !distrust(err) && !errors.Is(err, context.Canceled)
 }
 
 // retryDelay is the pause before the next session. A slot that is in use is

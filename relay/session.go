@@ -140,6 +140,8 @@ func explainConnect(err error) error {
 	switch {
 	case wrongPassword(err):
 		return fmt.Errorf("connect to Postgres: %w: check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf", err)
+	case wrongCertificate(err):
+		return fmt.Errorf("connect to Postgres: %w: check sslmode, sslrootcert and the host in OUTBOX_POSTGRES_URL", err)
 	case errors.As(err, &pgErr) && pgErr.Code == "08P01":
 		return fmt.Errorf("connect to Postgres: %w: is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself", err)
 	case errors.As(err, &pgErr) && pgErr.Code == "3D000":

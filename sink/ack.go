@@ -63,34 +63,65 @@ func parseAck(data []byte) (ack, error) {
 }
 
 var (
-	ackStream   = []byte(`{"stream":"`)
+	ackStream   = []byte(`{"stream":`)
+	ackDomain   = []byte(`"domain":`)
 	ackSequence = []byte(`"seq":`)
-	comma       = []byte(",")
-	blank       = []byte(" ")
 )
 
-// plainAck reads exactly {"stream":"NAME","seq":N}, also with a blank behind
-// comma and colon, as older servers have it.
+// plainAck reads exactly {"stream":"NAME","domain":"NAME","seq":N}, where the
+// domain may be missing, and a blank may stand behind a comma or the last
+// colon, as older servers have it.
+// Source: nats-server, server/stream.go (pubAck).
 func plainAck(data []byte) (ack, bool) {
 	rest, ok := bytes.CutPrefix(data, ackStream)
 	if !ok {
 		return ack{}, false
 	}
-	end := bytes.IndexByte(rest, '"')
-	if end < 0 || bytes.IndexByte(rest[:end], '\\') >= 0 {
+	stream, rest, ok := cutQuoted(rest)
+	if !ok {
 		return ack{}, false
 	}
-	stream := rest[:end]
-	rest, separated := bytes.CutPrefix(rest[end+1:], comma)
-	rest, ok = bytes.CutPrefix(bytes.TrimPrefix(rest, blank), ackSequence)
-	if !separated || !ok || len(rest) < 2 || rest[len(rest)-1] != '}' {
+	if after, domain := cutField(rest, ackDomain); domain {
+		if _, rest, ok = cutQuoted(after); !ok {
+			return ack{}, false
+		}
+	}
+	rest, ok = cutField(rest, ackSequence)
+	if !ok || len(rest) < 2 || rest[len(rest)-1] != '}' {
 		return ack{}, false
 	}
-	sequence, err := strconv.ParseUint(string(bytes.TrimPrefix(rest[:len(rest)-1], blank)), 10, 64)
+	sequence, err := strconv.ParseUint(string(trimBlank(rest[:len(rest)-1])), 10, 64)
 	if err != nil || sequence == 0 {
 		return ack{}, false
 	}
 	return ack{stream: stream, sequence: sequence}, true
+}
+
+// cutQuoted cuts a string without escapes.
+func cutQuoted(data []byte) (text, rest []byte, ok bool) {
+	if len(data) == 0 || data[0] != '"' {
+		return nil, nil, false
+	}
+	end := bytes.IndexByte(data[1:], '"') + 1
+	if end == 0 || bytes.IndexByte(data[1:end], '\\') >= 0 {
+		return nil, nil, false
+	}
+	return data[1:end], data[end+1:], true
+}
+
+// cutField cuts a comma and a field's name; a blank may stand between.
+func cutField(data, field []byte) (rest []byte, ok bool) {
+	if len(data) < 2 || data[0] != ',' {
+		return nil, false
+	}
+	return bytes.CutPrefix(trimBlank(data[1:]), field)
+}
+
+func trimBlank(data []byte) []byte {
+	if len(data) > 0 && data[0] == ' ' {
+		return data[1:]
+	}
+	return data
 }
 
 // A reply subject is "<inbox><generation>.<number>": which sending it answers,

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"unicode"
 )
 
 // Token is one token of a subject: exactly one of the two is set.
@@ -27,6 +26,9 @@ func ParseSubject(s string) (Subject, error) {
 		if err != nil {
 			return Subject{}, fmt.Errorf("is %q, whose token %d %w", s, i+1, err)
 		}
+		if token.Column != "" && slices.Contains(subject.Columns(), token.Column) {
+			return Subject{}, fmt.Errorf("is %q, whose token %d is a column that it has already", s, i+1)
+		}
 		subject.Tokens = append(subject.Tokens, token)
 	}
 	if subject.Tokens[0].Literal == "" {
@@ -42,7 +44,10 @@ func parseToken(s string) (Token, error) {
 	if inner, ok := strings.CutPrefix(s, "{"); ok {
 		column, closed := strings.CutSuffix(inner, "}")
 		if !closed || !isColumn(column) {
-			return Token{}, errors.New("is not {column}: give each column a token of its own")
+			return Token{}, errors.New("is not {column} of a name in ASCII: give each column a token of its own")
+		}
+		if strings.EqualFold(column, "position") {
+			return Token{}, errors.New("is {position}, whose long values would stand in the header Outbox-Position: use another column")
 		}
 		return Token{Column: column}, nil
 	}
@@ -59,9 +64,11 @@ func isTokenRune(r rune) bool {
 	return 'A' <= r && r <= 'Z' || 'a' <= r && r <= 'z' || '0' <= r && r <= '9' || r == '_' || r == '-'
 }
 
+// isColumn reports whether s names a column and can stand in the name of a
+// header (Outbox-<Column>).
 func isColumn(s string) bool {
 	return s != "" && len(s) <= maxIdentifier && !strings.ContainsFunc(s, func(r rune) bool {
-		return r == '{' || r == '}' || unicode.IsSpace(r) || !unicode.IsPrint(r)
+		return r <= ' ' || r > '~' || strings.ContainsRune("{}:", r)
 	})
 }
 
@@ -73,11 +80,11 @@ func (s Subject) String() string {
 // Wildcard is the subject a stream needs: each column as *.
 func (s Subject) Wildcard() string { return s.join(func(string) string { return "*" }) }
 
-// Columns are the columns in the order of their first use, each once.
+// Columns are the columns, in order.
 func (s Subject) Columns() []string {
 	var columns []string
 	for _, t := range s.Tokens {
-		if t.Column != "" && !slices.Contains(columns, t.Column) {
+		if t.Column != "" {
 			columns = append(columns, t.Column)
 		}
 	}

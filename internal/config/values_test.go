@@ -39,13 +39,13 @@ func TestTable(t *testing.T) {
 
 func TestSubject(t *testing.T) {
 	t.Parallel()
-	s, err := ParseSubject("shop-1.{b}.x_Y.{a}.{b}")
+	s, err := ParseSubject("shop-1.{b}.x_Y.{a}")
 	if err != nil {
 		t.Fatal(err)
 	}
-	equal(t, "tokens", s.Tokens, []Token{{Literal: "shop-1"}, {Column: "b"}, {Literal: "x_Y"}, {Column: "a"}, {Column: "b"}})
-	equal(t, "string", s.String(), "shop-1.{b}.x_Y.{a}.{b}")
-	equal(t, "wildcard", s.Wildcard(), "shop-1.*.x_Y.*.*")
+	equal(t, "tokens", s.Tokens, []Token{{Literal: "shop-1"}, {Column: "b"}, {Literal: "x_Y"}, {Column: "a"}})
+	equal(t, "string", s.String(), "shop-1.{b}.x_Y.{a}")
+	equal(t, "wildcard", s.Wildcard(), "shop-1.*.x_Y.*")
 	equal(t, "columns", s.Columns(), []string{"b", "a"})
 
 	for in, want := range map[string]string{
@@ -64,6 +64,10 @@ func TestSubject(t *testing.T) {
 		"$JS.x":                               "token 1 is neither",
 		"a.é":                                 "token 2 is neither",
 		"a.{b c}":                             "token 2 is not {column}",
+		"a.{b:c}":                             "token 2 is not {column}",
+		"a.{é}":                               "token 2 is not {column}",
+		"a.{b}.c.{b}":                         "token 4 is a column that it has already",
+		"a.{Position}":                        "Outbox-Position",
 		"a.{" + strings.Repeat("c", 64) + "}": "token 2 is not {column}",
 	} {
 		if got, err := ParseSubject(in); err == nil || !strings.Contains(err.Error(), want) {
