@@ -2,19 +2,9 @@ package sink_test
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"log/slog"
-	"math/big"
-	"net"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -25,72 +15,6 @@ import (
 	"outbox-relay/internal/testenv"
 	"outbox-relay/sink"
 )
-
-// authority issues certificates for a test; its files are what OUTBOX_NATS_CA,
-// _CERT and _KEY name.
-type authority struct {
-	t    *testing.T
-	dir  string
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-}
-
-func newAuthority(t *testing.T) *authority {
-	a := &authority{t: t, dir: t.TempDir()}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
-	a.key = a.newKey()
-	der, err := x509.CreateCertificate(rand.Reader, template, template, &a.key.PublicKey, a.key)
-	a.must(err)
-	a.cert, err = x509.ParseCertificate(der)
-	a.must(err)
-	a.write("ca.pem", "CERTIFICATE", der)
-	return a
-}
-
-func (a *authority) must(err error) {
-	a.t.Helper()
-	if err != nil {
-		a.t.Fatal(err)
-	}
-}
-
-func (a *authority) newKey() *ecdsa.PrivateKey {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	a.must(err)
-	return key
-}
-
-func (a *authority) path(name string) string { return filepath.Join(a.dir, name) }
-
-func (a *authority) write(name, kind string, der []byte) {
-	a.must(os.WriteFile(a.path(name), pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
-}
-
-// issue writes name.pem and name.key: a certificate for localhost and
-// 127.0.0.1, good for both sides.
-func (a *authority) issue(name string) tls.Certificate {
-	key := a.newKey()
-	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-		DNSNames:    []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
-	a.must(err)
-	private, err := x509.MarshalECPrivateKey(key)
-	a.must(err)
-	a.write(name+".pem", "CERTIFICATE", der)
-	a.write(name+".key", "EC PRIVATE KEY", private)
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
-}
-
-// pool holds the authority's certificate.
-func (a *authority) pool() *x509.CertPool {
-	pool := x509.NewCertPool()
-	pool.AddCert(a.cert)
-	return pool
-}
 
 func connect(t *testing.T, url string, trust sink.TLS) (*sink.Client, error) {
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
@@ -104,20 +28,20 @@ func connect(t *testing.T, url string, trust sink.TLS) (*sink.Client, error) {
 }
 
 func TestTLS(t *testing.T) {
-	a := newAuthority(t)
-	certificate := a.issue("server")
-	a.issue("client")
+	a := testenv.NewAuthority(t)
+	certificate := a.Issue("server")
+	a.Issue("client")
 	for _, test := range []struct {
 		name  string
 		edit  func(*server.Options)
 		trust sink.TLS
 	}{
-		{"required", func(*server.Options) {}, sink.TLS{CA: a.path("ca.pem")}},
-		{"handshake first", func(o *server.Options) { o.TLSHandshakeFirst = true }, sink.TLS{CA: a.path("ca.pem"), First: true}},
+		{"required", func(*server.Options) {}, sink.TLS{CA: a.Path("ca.pem")}},
+		{"handshake first", func(o *server.Options) { o.TLSHandshakeFirst = true }, sink.TLS{CA: a.Path("ca.pem"), First: true}},
 		{"with a client certificate", func(o *server.Options) {
 			o.TLSVerify = true
-			o.TLSConfig.ClientAuth, o.TLSConfig.ClientCAs = tls.RequireAndVerifyClientCert, a.pool()
-		}, sink.TLS{CA: a.path("ca.pem"), Cert: a.path("client.pem"), Key: a.path("client.key")}},
+			o.TLSConfig.ClientAuth, o.TLSConfig.ClientCAs = tls.RequireAndVerifyClientCert, a.Pool()
+		}, sink.TLS{CA: a.Path("ca.pem"), Cert: a.Path("client.pem"), Key: a.Path("client.key")}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			nats := testenv.NATS(t, testenv.NATSOptions{Edit: func(o *server.Options) {
@@ -148,15 +72,15 @@ func TestTLSRefusesAPlainServer(t *testing.T) {
 }
 
 func TestTLSFaultsNameTheVariable(t *testing.T) {
-	a := newAuthority(t)
-	certificate := a.issue("server")
+	a := testenv.NewAuthority(t)
+	certificate := a.Issue("server")
 	secure := testenv.NATS(t, testenv.NATSOptions{Edit: func(o *server.Options) {
 		o.TLSConfig = &tls.Config{Certificates: []tls.Certificate{certificate}}
 		o.TLS, o.TLSTimeout = true, 5
 	}})
 	for variable, trust := range map[string]sink.TLS{
-		"OUTBOX_NATS_CA":   {CA: a.path("none.pem")},
-		"OUTBOX_NATS_CERT": {CA: a.path("ca.pem"), Cert: a.path("none.pem"), Key: a.path("none.key")},
+		"OUTBOX_NATS_CA":   {CA: a.Path("none.pem")},
+		"OUTBOX_NATS_CERT": {CA: a.Path("ca.pem"), Cert: a.Path("none.pem"), Key: a.Path("none.key")},
 	} {
 		_, err := connect(t, secure.URL(), trust)
 		if err == nil || !strings.Contains(err.Error(), variable) {
@@ -164,7 +88,7 @@ func TestTLSFaultsNameTheVariable(t *testing.T) {
 		}
 	}
 	// An authority that we do not trust.
-	if _, err := connect(t, secure.URL(), sink.TLS{CA: newAuthority(t).path("ca.pem")}); !errors.As(err, new(*tls.CertificateVerificationError)) {
+	if _, err := connect(t, secure.URL(), sink.TLS{CA: testenv.NewAuthority(t).Path("ca.pem")}); !errors.As(err, new(*tls.CertificateVerificationError)) {
 		t.Errorf("got %v, want a certificate that is not verified", err)
 	}
 }
