@@ -171,12 +171,12 @@ func (b *bundle) requireContract(m message) {
 	if got := m.Header.Get("ce-time"); !sameTime(got, at) {
 		b.Fatalf("message %s has ce-time %q, want %q", m.id, got, at)
 	}
-	if got := m.Header.Get("Outbox-Position"); !position.MatchString(got) {
+	if got := m.Header.Get("Outbox-Position"); !positionForm.MatchString(got) {
 		b.Fatalf("message %s has Outbox-Position %q", m.id, got)
 	}
 }
 
-var position = regexp.MustCompile(`^1/[0-9A-F]+/[0-9A-F]+/[1-9][0-9]*$`)
+var positionForm = regexp.MustCompile(`^1/[0-9A-F]+/[0-9A-F]+/[1-9][0-9]*$`)
 var trailingZeros = regexp.MustCompile(`\.?0*$`)
 
 // sameTime compares but for trailing zeros of the fraction, which Postgres
