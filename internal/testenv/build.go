@@ -18,7 +18,7 @@ var built builds
 type builds struct {
 	mu       sync.Mutex
 	dir      string
-	binaries map[string]string // package path, relative to the module's root: binary
+	binaries map[string]string // package: binary
 }
 
 // RelayBinary builds the relay, once per test binary, and returns its path. It
@@ -28,7 +28,8 @@ func RelayBinary(tb testing.TB) string {
 	return binary(tb, ".")
 }
 
-// binary is the path of package pkg's program; pkg is relative to the module's root.
+// binary is the path of package pkg's program; pkg is an import path, or relative
+// to the module's root.
 func binary(tb testing.TB, pkg string) string {
 	tb.Helper()
 	path, err := built.get(pkg)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -46,7 +47,9 @@ func (s *sharedCluster) get() (*pgserver.Cluster, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.cluster == nil && s.err == nil {
-		s.cluster, s.err = startCluster(nil)
+		ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+		defer cancel()
+		s.cluster, s.err = pgserver.Start(ctx, pgserver.Options{Logf: logToStderr})
 	}
 	return s.cluster, s.err
 }
@@ -60,12 +63,6 @@ func (s *sharedCluster) close() error {
 	return s.cluster.Close()
 }
 
-func startCluster(settings map[string]string) (*pgserver.Cluster, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
-	defer cancel()
-	return pgserver.Start(ctx, pgserver.Options{Settings: settings, Logf: logToStderr})
-}
-
 // logToStderr shows progress at once, which tb.Log does not.
 func logToStderr(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
 
@@ -73,7 +70,35 @@ func logToStderr(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n
 // postgresql.conf. A failing test logs the end of the server's log.
 func OwnPostgres(tb testing.TB, settings map[string]string) *pgserver.Cluster {
 	tb.Helper()
-	c, err := startCluster(settings)
+	return owned(tb, func(ctx context.Context) (*pgserver.Cluster, error) {
+		return pgserver.Start(ctx, pgserver.Options{Settings: settings, Logf: logToStderr})
+	})
+}
+
+// OwnPostgresSince is OwnPostgres of at least that major version.
+func OwnPostgresSince(tb testing.TB, major int, settings map[string]string) *pgserver.Cluster {
+	tb.Helper()
+	if version, err := strconv.Atoi(os.Getenv("POSTGRES_VERSION")); err == nil {
+		major = max(major, version)
+	}
+	return owned(tb, func(ctx context.Context) (*pgserver.Cluster, error) {
+		return pgserver.Start(ctx, pgserver.Options{Major: major, Settings: settings, Logf: logToStderr})
+	})
+}
+
+// CopyPostgres is a copy of a cluster that is stopped, and not started either;
+// see pgserver.Copy.
+func CopyPostgres(tb testing.TB, c *pgserver.Cluster, signal string, settings map[string]string) *pgserver.Cluster {
+	tb.Helper()
+	return owned(tb, func(ctx context.Context) (*pgserver.Cluster, error) { return c.Copy(ctx, signal, settings) })
+}
+
+// owned starts a cluster that the test closes.
+func owned(tb testing.TB, start func(context.Context) (*pgserver.Cluster, error)) *pgserver.Cluster {
+	tb.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), startTimeout)
+	defer cancel()
+	c, err := start(ctx)
 	if err != nil {
 		tb.Fatalf("start Postgres: %v", err)
 	}

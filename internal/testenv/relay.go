@@ -28,6 +28,13 @@ func StartRelay(tb testing.TB, env map[string]string, args ...string) *Relay {
 	return startRelay(tb, RelayBinary(tb), env, args...)
 }
 
+// StartProgram starts another program in the relay's place: pkg is its import
+// path, or its folder relative to the module's root ("./internal/x").
+func StartProgram(tb testing.TB, pkg string, env map[string]string, args ...string) *Relay {
+	tb.Helper()
+	return startRelay(tb, binary(tb, pkg), env, args...)
+}
+
 func startRelay(tb testing.TB, binary string, env map[string]string, args ...string) *Relay {
 	tb.Helper()
 	r := &Relay{tb: tb, logs: logBuffer{changed: make(chan struct{})}}
