@@ -40,7 +40,7 @@ func passes(err error) bool {
 	}
 	for _, passing := range []error{
 		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrEnded,
-		sink.ErrForgotten, sink.ErrStrangers, errRecovery,
+		sink.ErrForgotten, sink.ErrStrangers, errRecovery, errTwoServers,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded, context.DeadlineExceeded,
 		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
 		nats.ErrReconnectBufExceeded, nats.ErrNoServers, nats.ErrStaleConnection, jetstream.ErrNoStreamResponse,

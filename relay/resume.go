@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"time"
 
@@ -29,6 +30,11 @@ func (s *session) openSlot(ctx context.Context) error {
 	if noCheckpoint != nil && !errors.Is(noCheckpoint, checkpoint.ErrNone) {
 		return noCheckpoint
 	}
+	if noCheckpoint == nil {
+		if err := s.verifySystem(cp); err != nil {
+			return err
+		}
+	}
 	switch {
 	case noSlot == nil && noCheckpoint == nil:
 		return nil
@@ -36,9 +42,9 @@ func (s *session) openSlot(ctx context.Context) error {
 		return fmt.Errorf("slot %[1]s exists and has no checkpoint: it was not made by this relay, or its row in outbox_relay_checkpoints was deleted, so what it has published is not known: "+
 			"if nothing needs the slot, SELECT pg_drop_replication_slot('%[1]s') and start again: events that are committed until then stay pending in the table", slot)
 	case noCheckpoint == nil && cp.Phase == checkpoint.Streaming:
-		return fmt.Errorf("slot %[1]s is gone, and its checkpoint says that it was read up to %[2]s: events committed since then came through no slot: "+
+		return fmt.Errorf("slot %[1]s is gone, and its checkpoint says that it was read up to %[2]s%[4]s: events committed since then came through no slot: "+
 			"they stand in the table with status 'pending'. To go on with new events only, DELETE FROM %[3]s.outbox_relay_checkpoints WHERE slot = '%[1]s' and start again; "+
-			"insert the pending rows anew to publish them", slot, cp.Confirmed, s.table.Schema)
+			"insert the pending rows anew to publish them", slot, cp.Confirmed, s.table.Schema, s.sinceTimeline(cp))
 	default:
 		return s.createSlot(ctx)
 	}
@@ -123,17 +129,12 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		return from, err
 	}
 	read := false
-	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int) ([]string, error) {
+	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int) (sink.Events, error) {
 		read = true
 		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
 		return s.readIDs(ctx, from.reader, cp.Position, now.WALEnd, limit)
 	})
-	if from.found.Foreign > 0 {
-		cp.Foreign = true
-		s.relay.metrics.foreign.Add(float64(from.found.Foreign))
-		s.log.Warn("the stream has messages that are not this relay's", "messages", from.found.Foreign,
-			"remedy", "deny others to publish on the relay's subjects")
-	}
+	cp.Foreign = s.tellStrangers(from.found) || cp.Foreign
 	if err != nil {
 		return from, s.explainResume(ctx, *cp, err)
 	}
@@ -145,6 +146,32 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 	cp.Timeline, cp.Bound, cp.Publication = s.system.Timeline, unrecordedBound, state.Publication
 	cp.Confirmed = max(cp.Confirmed, from.reader.Confirmed())
 	return from, s.store.Begin(ctx, *cp)
+}
+
+// tellStrangers reports messages that are none of the slot's events, and
+// returns whether there are any. Behind a failover these are events whose
+// transactions it lost: nobody can take them back.
+func (s *session) tellStrangers(found sink.Found) bool {
+	n := len(found.Strangers) + found.Lost
+	if n == 0 {
+		return false
+	}
+	if s.left == 0 {
+		s.relay.metrics.foreign.Add(float64(n))
+		s.log.Warn("the stream has messages that are not this relay's", "messages", n, "remedy", "deny others to publish on the relay's subjects")
+		return true
+	}
+	s.relay.metrics.phantoms.Add(float64(n))
+	for some := range slices.Chunk(found.Strangers, 100) {
+		var ids []string
+		for _, m := range some {
+			ids = append(ids, m.ID)
+		}
+		s.log.Error("the stream has events whose transactions are lost: what they tell of did not happen",
+			"messages", len(some), "first_sequence", some[0].Sequence, "last_sequence", some[len(some)-1].Sequence, "ids", ids,
+			"remedy", "set synchronized_standby_slots, so that only what the standbys have is published; correct what consumers made of these")
+	}
+	return true
 }
 
 // explainResume keeps in mind that other messages were seen, so that the next
@@ -196,103 +223,10 @@ func (s *session) explainSchema(ctx context.Context, err error) error {
 	return err
 }
 
-// verify holds the checkpoint against slot, server, stream and publication.
-func (s *session) verify(ctx context.Context, cp checkpoint.Checkpoint, slot replication.Slot) error {
-	fresh := s.startAnew()
-	switch {
-	case cp.SystemID != s.system.ID:
-		return fmt.Errorf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied: %s", cp.SystemID, s.system.ID, fresh)
-	case cp.Timeline > s.system.Timeline:
-		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: it is an old primary: connect to the current one", cp.Timeline, s.system.Timeline)
-	case cp.Timeline < s.system.Timeline:
-		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: a standby was promoted or a backup restored, so the stream can hold events whose transactions are lost: %s", cp.Timeline, s.system.Timeline, fresh)
-	case cp.Stream != s.stream.Name:
-		return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, fresh)
-	case !cp.StreamCreated.Equal(s.stream.Created):
-		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows the one made at %s: it was deleted and made again: %s", cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), fresh)
-	case cp.Phase == checkpoint.Streaming && slot.Confirmed > cp.Confirmed:
-		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand: events between are not in it. They stand in the table with status 'pending'; %s",
-			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
-	}
-	if err := s.verifyPublication(ctx, cp); err != nil {
-		return err
-	}
-	return s.verifyStream(ctx, cp)
-}
-
-func (s *session) verifyPublication(ctx context.Context, cp checkpoint.Checkpoint) error {
-	state, err := s.table.State(ctx, s.sql)
-	if err != nil {
-		return err
-	}
-	if cp.Publication == "" || cp.Publication == state.Publication {
-		return nil
-	}
-	return s.publicationChanged(ctx)
-}
-
-// publicationChanged says what is wrong with the publication now, or that it
-// was changed and inserts may have been passed over meanwhile.
-func (s *session) publicationChanged(ctx context.Context) error {
-	if _, err := s.table.Inspect(ctx, s.sql); err != nil {
-		return err
-	}
-	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
-		return err
-	}
-	return fmt.Errorf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over; they stand in the table with status 'pending'. "+
-		"See to those rows, then accept the publication as it is: UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'",
-		s.table.Publication, s.table, s.table.Schema, s.table.Slot)
-}
-
-// verifyStream makes sure that the stream still holds, or held, the message
-// that the checkpoint stands on.
-func (s *session) verifyStream(ctx context.Context, cp checkpoint.Checkpoint) error {
-	if err := s.awaitSequence(ctx, cp.Sequence); err != nil {
-		return err
-	}
-	if cp.MessageID == "" || cp.Sequence == 0 {
-		return nil
-	}
-	id, err := s.relay.client.MessageID(ctx, s.stream.Name, cp.Sequence)
-	switch {
-	case sink.Gone(err):
-		return nil
-	case err != nil:
-		return err
-	case id != cp.MessageID:
-		return fmt.Errorf("message %d of stream %s has id %q, and the checkpoint knows it as %q: the broker forgot messages that it had acknowledged, and stored others since: %s",
-			cp.Sequence, s.stream.Name, id, cp.MessageID, s.forgotten(cp))
-	}
-	return nil
-}
-
-// awaitSequence gives a leader that is behind a moment to catch up.
-func (s *session) awaitSequence(ctx context.Context, sequence uint64) error {
-	for deadline := time.Now().Add(10 * time.Second); s.stream.Last < sequence; {
-		if time.Now().After(deadline) {
-			return fmt.Errorf("stream %s ends at sequence %d, and the checkpoint stands at %d: the broker forgot messages %d to %d, which it had acknowledged: %s",
-				s.stream.Name, s.stream.Last, sequence, s.stream.Last+1, sequence, s.forgotten(checkpoint.Checkpoint{Sequence: sequence}))
-		}
-		if err := pause(ctx, 250*time.Millisecond); err != nil {
-			return err
-		}
-		if err := s.connectStream(ctx); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (s *session) forgotten(checkpoint.Checkpoint) string {
-	return fmt.Sprintf("publish the lost events again from their rows, then go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
-		s.table.Schema, s.stream.Last, s.table.Slot)
-}
-
 // readIDs reads the ids of the first events behind a position, at most limit,
 // up to an LSN. The session has then been read from, and must be restarted.
-func (s *session) readIDs(ctx context.Context, reader *replication.Session, after checkpoint.Position, end pglogrepl.LSN, limit int) ([]string, error) {
-	collect := &collector{decoder: decoder.New(s.layout.OID, s.table.Columns), after: after, end: end, limit: limit}
+func (s *session) readIDs(ctx context.Context, reader *replication.Session, after checkpoint.Position, end pglogrepl.LSN, limit int) (sink.Events, error) {
+	collect := &collector{decoder: decoder.New(s.layout.OID, s.table.Columns), after: after, end: end, left: s.left, limit: limit}
 	reading, cancel := context.WithCancel(ctx)
 	defer cancel()
 	asking := time.NewTicker(100 * time.Millisecond)
@@ -313,9 +247,9 @@ func (s *session) readIDs(ctx context.Context, reader *replication.Session, afte
 	cancel()
 	<-asked
 	if errors.Is(err, errEnough) {
-		return collect.ids, nil
+		return collect.events, nil
 	}
-	return nil, first(context.Cause(ctx), s.explainReading(err))
+	return sink.Events{}, first(context.Cause(ctx), s.explainReading(err))
 }
 
 var errEnough = errors.New("enough")
@@ -325,8 +259,9 @@ type collector struct {
 	decoder *decoder.Decoder
 	after   checkpoint.Position
 	end     pglogrepl.LSN
+	left    pglogrepl.LSN // events from here on were not there to be published; 0: all were
 	limit   int
-	ids     []string
+	events  sink.Events
 }
 
 func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
@@ -339,9 +274,12 @@ func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
 	case kind != decoder.Insert || e.Position.Compare(c.after) <= 0 || !pending(e):
 		return nil
 	default:
-		c.ids = append(c.ids, string(e.ID))
+		c.events.IDs = append(c.events.IDs, string(e.ID))
+		if c.left == 0 || e.Position.Commit < c.left {
+			c.events.Old = len(c.events.IDs)
+		}
 	}
-	if len(c.ids) >= c.limit {
+	if len(c.events.IDs) >= c.limit {
 		return errEnough
 	}
 	return nil

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"golang.org/x/sync/errgroup"
@@ -33,6 +34,7 @@ type session struct {
 	config *pgconn.Config
 
 	system replication.System
+	left   pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
 	conn   *replication.Conn
 	stream sink.Stream
 }
@@ -177,8 +179,26 @@ func (s *session) connectReplication(ctx context.Context) error {
 		return explainConnect(err)
 	}
 	s.conn = conn
-	s.system, err = conn.Identify(ctx)
-	return err
+	if s.system, err = conn.Identify(ctx); err != nil {
+		return err
+	}
+	return s.checkSameServer(ctx)
+}
+
+// errTwoServers says that the two connections lead to different servers.
+var errTwoServers = errors.New("the two connections lead to different servers")
+
+// checkSameServer makes sure that what is read and what is recorded are of one
+// server: of several hosts, each connection chooses its own.
+func (s *session) checkSameServer(ctx context.Context) error {
+	var started string
+	if err := s.sql.QueryRow(ctx, `select pg_catalog.pg_postmaster_start_time()::text`).Scan(&started); err != nil {
+		return fmt.Errorf("identify server: %w", err)
+	}
+	if started != s.system.Started {
+		return errTwoServers
+	}
+	return nil
 }
 
 // connectStream connects to NATS once for the life of the relay, and opens the

@@ -83,6 +83,12 @@ func (w *writers) stop() {
 	w.b.must(w.group.Wait())
 }
 
+// abandon ends the writers, whose server is gone.
+func (w *writers) abandon() {
+	w.cancel()
+	_ = w.group.Wait() // the loss of the connection
+}
+
 // await waits until n more rows were inserted.
 func (w *writers) await(n int) {
 	w.b.Helper()

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -87,6 +89,8 @@ type System struct {
 	ID       string // of the cluster, the same on its standbys
 	Timeline int32
 	Database string
+	Started  string // when this server was started, by pg_postmaster_start_time
+	history  string // of its timeline
 }
 
 // Identify asks who the server is.
@@ -95,7 +99,36 @@ func (c *Conn) Identify(ctx context.Context) (System, error) {
 	if err != nil {
 		return System{}, fmt.Errorf("identify system: %w", err)
 	}
-	return System{ID: id.SystemID, Timeline: id.Timeline, Database: id.DBName}, nil
+	results, err := c.pg.Exec(ctx, "select pg_catalog.pg_postmaster_start_time()").ReadAll()
+	if err != nil {
+		return System{}, fmt.Errorf("identify server: %w", err)
+	}
+	s := System{ID: id.SystemID, Timeline: id.Timeline, Database: id.DBName, Started: string(results[0].Rows[0][0])}
+	if s.Timeline > 1 { // the first has no history
+		history, err := pglogrepl.TimelineHistory(ctx, c.pg, s.Timeline)
+		if err != nil {
+			return System{}, fmt.Errorf("read the history of timeline %d: %w", s.Timeline, err)
+		}
+		s.history = string(history.Content)
+	}
+	return s, nil
+}
+
+// ErrNotAncestor says that the server's history does not have a timeline.
+var ErrNotAncestor = errors.New("the timeline is not in the server's history")
+
+// Left returns where the server left an older timeline for the next one: WAL
+// below it is common to both. ErrNotAncestor if it never was on that one.
+// A line of a history file has the timeline, the LSN at which it was left, and
+// why, between tabs. Source: src/backend/access/transam/timeline.c.
+func (s System) Left(timeline int32) (pglogrepl.LSN, error) {
+	for line := range strings.Lines(s.history) {
+		fields := strings.Fields(line)
+		if len(fields) >= 2 && fields[0] == strconv.Itoa(int(timeline)) {
+			return pglogrepl.ParseLSN(fields[1])
+		}
+	}
+	return 0, fmt.Errorf("%w: timeline %d", ErrNotAncestor, timeline)
 }
 
 // CreateSlot creates the slot and returns its consistent point: every

@@ -4,9 +4,22 @@ import "context"
 
 // Found tells which events of the slot already stand in the stream.
 type Found struct {
-	Proved  int            // events up to the last one that is stored
-	Stored  map[int]uint64 // their sequences, by their place among the events, from 0
-	Foreign int            // messages that are not this relay's
+	Proved    int            // events up to the last one that is stored
+	Stored    map[int]uint64 // their sequences, by their place among the events, from 0
+	Strangers []Stranger     // messages that are none of the events
+	Lost      int            // sequences that are gone and were none of the events
+}
+
+// Stranger is a message that is none of the slot's events.
+type Stranger struct {
+	Sequence uint64
+	ID       string // its Nats-Msg-Id, if it has one
+}
+
+// Events are those of the slot that follow the checkpoint.
+type Events struct {
+	IDs []string
+	Old int // of the first ones, which can be stored: the others were committed when nobody published yet
 }
 
 // Overtaken returns the place of the first event before a stored one that is
@@ -22,24 +35,26 @@ func (f Found) Overtaken() int {
 
 // Resume matches the messages after sequence with the events that follow the
 // checkpoint. At most bound of these can be stored. events is called when there
-// is something to match, and returns the ids of the first events, at most
-// limit. foreign says that messages of others were ever seen in the stream.
+// is something to match, and returns the first events, at most limit. foreign says that messages of others were ever seen in the stream.
 func (c *Client) Resume(ctx context.Context, s Stream, after uint64, foreign bool, bound int,
-	events func(limit int) ([]string, error)) (Found, error) {
+	events func(limit int) (Events, error)) (Found, error) {
 	tail, err := c.tail(ctx, s, after, bound)
 	if err != nil || len(tail) == 0 {
 		return Found{}, err
 	}
-	ids, err := events(max(bound, len(tail)))
+	read, err := events(max(bound, len(tail)))
 	if err != nil {
 		return Found{}, err
 	}
-	candidates := make([]candidate, len(ids))
-	for i, id := range ids {
-		candidates[i] = candidate{id: id, maybe: i < bound}
+	candidates := make([]candidate, len(read.IDs))
+	for i, id := range read.IDs {
+		candidates[i] = candidate{id: id, maybe: i < min(bound, read.Old)}
 	}
 	v, ambiguity := match(tail, candidates, foreign)
-	found := Found{Proved: v.proved, Stored: v.stored, Foreign: len(v.foreign) + v.lost}
+	found := Found{Proved: v.proved, Stored: v.stored, Lost: v.lost}
+	for _, m := range v.foreign {
+		found.Strangers = append(found.Strangers, Stranger{Sequence: m.sequence, ID: m.id})
+	}
 	if ambiguity != nil {
 		ambiguity.Stream = s.Name
 		return found, ambiguity

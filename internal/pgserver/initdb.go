@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 )
 
@@ -41,7 +40,7 @@ func (c *Cluster) initdb(ctx context.Context) error {
 	}
 	out, err := c.command(ctx, "initdb", args...).CombinedOutput()
 	if err != nil {
-		return fmt.Errorf("%w\n%s", err, bytes.TrimSpace(out))
+		return fmt.Errorf("initdb: %w\n%s", err, bytes.TrimSpace(out))
 	}
 	return nil
 }
@@ -54,16 +53,21 @@ func (c *Cluster) passwordFile() (string, error) {
 	return file, give(file, c.user)
 }
 
+// settings are the options' over the defaults.
+func (o Options) settings() map[string]string {
+	all := maps.Clone(defaults)
+	maps.Copy(all, o.Settings)
+	return all
+}
+
 // configure appends to postgresql.conf rather than using the command line, so
 // that ALTER SYSTEM can change every setting.
 func (c *Cluster) configure(settings map[string]string) error {
-	all := maps.Clone(defaults)
-	maps.Copy(all, settings)
-	all["port"] = strconv.Itoa(c.port)
 	var lines strings.Builder
-	for _, name := range slices.Sorted(maps.Keys(all)) {
-		fmt.Fprintf(&lines, "%s = '%s'\n", name, quoted.Replace(all[name]))
+	for _, name := range slices.Sorted(maps.Keys(settings)) {
+		fmt.Fprintf(&lines, "%s = '%s'\n", name, quoted.Replace(settings[name]))
 	}
+	fmt.Fprintf(&lines, "port = '%d'\n", c.port)
 	f, err := os.OpenFile(filepath.Join(c.data(), "postgresql.conf"), os.O_APPEND|os.O_WRONLY, 0)
 	if err != nil {
 		return err

@@ -75,28 +75,61 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 		return nil, fmt.Errorf("make the cluster's folder: %w", err)
 	}
 	c := &Cluster{installation: found, dir: dir, password: o.Password, user: user, lock: lock}
-	if err := c.create(ctx, o); err != nil {
+	err = c.create(ctx, c.initdb, o.settings())
+	if err == nil {
+		err = c.Restart(ctx)
+	}
+	if err != nil {
 		return nil, errors.Join(err, c.Close())
 	}
 	return c, nil
 }
 
-func (c *Cluster) create(ctx context.Context, o Options) error {
+// Copy makes a copy of a cluster that is stopped, with settings over those that
+// it has; Restart starts it. signal is standby.signal for a standby,
+// recovery.signal for a restore, or empty.
+func (c *Cluster) Copy(ctx context.Context, signal string, settings map[string]string) (*Cluster, error) {
+	if c.Running() {
+		return nil, errors.New("copy a cluster: it still runs")
+	}
+	dir, lock, err := newDir(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("make the cluster's folder: %w", err)
+	}
+	twin := &Cluster{installation: c.installation, dir: dir, password: c.password, user: c.user, lock: lock}
+	fill := func(ctx context.Context) error {
+		if out, err := twin.as(ctx, "cp", "-a", c.data(), twin.data()).CombinedOutput(); err != nil {
+			return fmt.Errorf("copy the data: %w\n%s", err, out)
+		}
+		if signal == "" {
+			return nil
+		}
+		path := filepath.Join(twin.data(), signal)
+		return errors.Join(os.WriteFile(path, nil, 0o600), give(path, c.user))
+	}
+	if err := twin.create(ctx, fill, settings); err != nil {
+		return nil, errors.Join(err, twin.Close())
+	}
+	return twin, nil
+}
+
+// create fills the cluster's folder.
+func (c *Cluster) create(ctx context.Context, fill func(context.Context) error, settings map[string]string) error {
 	if err := give(c.dir, c.user); err != nil {
 		return err
 	}
-	if err := c.initdb(ctx); err != nil {
-		return fmt.Errorf("initdb: %w", err)
+	if err := fill(ctx); err != nil {
+		return err
 	}
 	port, err := FreePort()
 	if err != nil {
 		return err
 	}
 	c.port = port
-	if err := c.configure(o.Settings); err != nil {
+	if err := c.configure(settings); err != nil {
 		return fmt.Errorf("write postgresql.conf: %w", err)
 	}
-	return c.Restart(ctx)
+	return nil
 }
 
 // Restart starts the server again on the same folder and port, whatever way it
@@ -135,7 +168,12 @@ func (c *Cluster) launch() error {
 // command is one of the server's programs, run as the server's user and
 // untouched by our environment.
 func (c *Cluster) command(ctx context.Context, program string, args ...string) *exec.Cmd {
-	cmd := exec.CommandContext(ctx, filepath.Join(c.Bin(), program), args...)
+	return c.as(ctx, filepath.Join(c.Bin(), program), args...)
+}
+
+// as is any program, likewise.
+func (c *Cluster) as(ctx context.Context, program string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Dir = c.dir
 	cmd.Env = []string{"PATH=" + os.Getenv("PATH"), "LC_ALL=C", "TZ=UTC"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: c.user}

@@ -1,0 +1,143 @@
+package relay
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/replication"
+	"outbox-relay/sink"
+)
+
+// verify holds the checkpoint against slot, server, stream and publication.
+func (s *session) verify(ctx context.Context, cp checkpoint.Checkpoint, slot replication.Slot) error {
+	if err := s.verifySystem(cp); err != nil {
+		return err
+	}
+	fresh := s.startAnew()
+	switch {
+	case cp.Stream != s.stream.Name:
+		return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, fresh)
+	case !cp.StreamCreated.Equal(s.stream.Created):
+		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows the one made at %s: it was deleted and made again: %s", cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), fresh)
+	case cp.Phase == checkpoint.Streaming && slot.Confirmed > cp.Confirmed:
+		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, advanced by hand, or synchronized to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it. They stand in the table with status 'pending'; %s",
+			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
+	}
+	if err := s.verifyTimeline(cp); err != nil {
+		return err
+	}
+	if err := s.verifyPublication(ctx, cp); err != nil {
+		return err
+	}
+	return s.verifyStream(ctx, cp)
+}
+
+// verifySystem makes sure that the checkpoint was written by this cluster, or
+// by one that it descends from.
+func (s *session) verifySystem(cp checkpoint.Checkpoint) error {
+	switch {
+	case cp.SystemID != s.system.ID:
+		return fmt.Errorf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied, so its pending rows may be published already: %s",
+			cp.SystemID, s.system.ID, s.startAnew())
+	case cp.Timeline > s.system.Timeline:
+		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: it is an old primary: connect to the current one", cp.Timeline, s.system.Timeline)
+	}
+	return nil
+}
+
+// sinceTimeline says that the server is on another timeline than the checkpoint.
+func (s *session) sinceTimeline(cp checkpoint.Checkpoint) string {
+	if cp.Timeline == s.system.Timeline {
+		return ""
+	}
+	return fmt.Sprintf(" on timeline %d (this is %d: a standby was promoted that had no copy of the slot, or a backup restored)", cp.Timeline, s.system.Timeline)
+}
+
+// verifyTimeline finds out where the server left the checkpoint's timeline: by a
+// standby's promotion, or a restore. The checkpoint went along, so it stands on
+// WAL that both have; the stream can hold events that only the other had.
+func (s *session) verifyTimeline(cp checkpoint.Checkpoint) error {
+	s.left = 0
+	if cp.Timeline == s.system.Timeline {
+		return nil
+	}
+	left, err := s.system.Left(cp.Timeline)
+	if err != nil {
+		return fmt.Errorf("the checkpoint was written on timeline %d: %w: %s", cp.Timeline, err, s.startAnew())
+	}
+	s.left = left
+	s.log.Warn("the server is on another timeline than the checkpoint: a standby was promoted, or a backup restored",
+		"timeline", s.system.Timeline, "checkpoint_timeline", cp.Timeline, "left_at", left.String())
+	return nil
+}
+
+func (s *session) verifyPublication(ctx context.Context, cp checkpoint.Checkpoint) error {
+	state, err := s.table.State(ctx, s.sql)
+	if err != nil {
+		return err
+	}
+	if cp.Publication == "" || cp.Publication == state.Publication {
+		return nil
+	}
+	return s.publicationChanged(ctx)
+}
+
+// publicationChanged says what is wrong with the publication now, or that it
+// was changed and inserts may have been passed over meanwhile.
+func (s *session) publicationChanged(ctx context.Context) error {
+	if _, err := s.table.Inspect(ctx, s.sql); err != nil {
+		return err
+	}
+	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
+		return err
+	}
+	return fmt.Errorf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over; they stand in the table with status 'pending'. "+
+		"See to those rows, then accept the publication as it is: UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'",
+		s.table.Publication, s.table, s.table.Schema, s.table.Slot)
+}
+
+// verifyStream makes sure that the stream still holds, or held, the message
+// that the checkpoint stands on.
+func (s *session) verifyStream(ctx context.Context, cp checkpoint.Checkpoint) error {
+	if err := s.awaitSequence(ctx, cp.Sequence); err != nil {
+		return err
+	}
+	if cp.MessageID == "" || cp.Sequence == 0 {
+		return nil
+	}
+	id, err := s.relay.client.MessageID(ctx, s.stream.Name, cp.Sequence)
+	switch {
+	case sink.Gone(err):
+		return nil
+	case err != nil:
+		return err
+	case id != cp.MessageID:
+		return fmt.Errorf("message %d of stream %s has id %q, and the checkpoint knows it as %q: the broker forgot messages that it had acknowledged, and stored others since: %s",
+			cp.Sequence, s.stream.Name, id, cp.MessageID, s.forgotten(cp))
+	}
+	return nil
+}
+
+// awaitSequence gives a leader that is behind a moment to catch up.
+func (s *session) awaitSequence(ctx context.Context, sequence uint64) error {
+	for deadline := time.Now().Add(10 * time.Second); s.stream.Last < sequence; {
+		if time.Now().After(deadline) {
+			return fmt.Errorf("stream %s ends at sequence %d, and the checkpoint stands at %d: the broker forgot messages %d to %d, which it had acknowledged: %s",
+				s.stream.Name, s.stream.Last, sequence, s.stream.Last+1, sequence, s.forgotten(checkpoint.Checkpoint{Sequence: sequence}))
+		}
+		if err := pause(ctx, 250*time.Millisecond); err != nil {
+			return err
+		}
+		if err := s.connectStream(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *session) forgotten(checkpoint.Checkpoint) string {
+	return fmt.Sprintf("publish the lost events again from their rows, then go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
+		s.table.Schema, s.stream.Last, s.table.Slot)
+}
