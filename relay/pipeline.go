@@ -30,6 +30,7 @@ type pipeline struct {
 	judged  int                 // how many of these have passed
 	parked  uint64              // index of the last event parked by the reader
 	barrier bool                // it may not be recorded yet: nothing is sent until it is
+	calm    calmer              // about notices
 	halted  error               // why the relay stops before an event
 }
 
@@ -74,6 +75,13 @@ func (p *pipeline) Keepalive(walEnd pglogrepl.LSN, urgent bool) error {
 func (p *pipeline) cover(lsn pglogrepl.LSN) {
 	p.tracker.Cover(lsn)
 	p.relay.metrics.received.Set(float64(lsn))
+}
+
+// Notice implements replication.Handler.
+func (p *pipeline) Notice(text string) {
+	if p.calm.news(errors.New(text)) {
+		p.log.Warn("Postgres has a word about the slot", "slot", p.table.Slot, "notice", text)
+	}
 }
 
 // Idle implements replication.Handler: nothing published waits longer than the

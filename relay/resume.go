@@ -287,6 +287,8 @@ func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
 
 func (c *collector) Idle() {}
 
+func (c *collector) Notice(string) {}
+
 func (c *collector) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
 	if walEnd >= c.end && !c.decoder.InTransaction() {
 		return errEnough

@@ -41,6 +41,9 @@ type Handler interface {
 	// Keepalive gets the end of WAL that the walsender has decoded. urgent says
 	// that it wants to hear how far the reader is: it may be shutting down.
 	Keepalive(walEnd pglogrepl.LSN, urgent bool) error
+	// Notice gets what the server has to say about the session, such as that it
+	// waits for a standby.
+	Notice(text string)
 	// Idle says that all that was received has been handed on: more is waited
 	// for.
 	Idle()
@@ -140,7 +143,7 @@ func (s *Session) read(handler Handler) error {
 		case *pgproto3.ErrorResponse:
 			err = fmt.Errorf("slot %s: %w", s.slot, pgconn.ErrorResponseToPgError(msg))
 		case *pgproto3.NoticeResponse:
-			err = s.notice(msg)
+			err = s.notice(msg, handler)
 		case *pgproto3.ParameterStatus:
 		case *pgproto3.CopyDone:
 			err = fmt.Errorf("slot %s: %w", s.slot, ErrEnded)
@@ -178,11 +181,15 @@ func (s *Session) handle(data []byte, handler Handler) error {
 // notice decides about a NoticeResponse inside the stream. From 18 on a
 // missing publication is only a warning of SQLSTATE 55000, and its changes are
 // passed over (tried; src/backend/replication/pgoutput/pgoutput.c,
-// LoadPublications).
-func (s *Session) notice(msg *pgproto3.NoticeResponse) error {
-	if msg.Code == "55000" {
+// LoadPublications). The same SQLSTATE says that a standby of
+// synchronized_standby_slots is not there: what is read waits for it (tried on
+// 18; src/backend/replication/slot.c, StandbySlotsHaveCaughtup). Messages are
+// translated, so only the routine tells them apart.
+func (s *Session) notice(msg *pgproto3.NoticeResponse, handler Handler) error {
+	if msg.Code == "55000" && msg.Routine != "StandbySlotsHaveCaughtup" {
 		return fmt.Errorf("slot %s: %w: %s", s.slot, ErrPublication, msg.Message)
 	}
+	handler.Notice(msg.Message)
 	return nil
 }
 
