@@ -131,6 +131,7 @@ func (r *recorder) Data(_ pglogrepl.LSN, data []byte) error {
 
 func (r *recorder) Keepalive(pglogrepl.LSN, bool) error { return nil }
 func (r *recorder) Idle()                               {}
+func (r *recorder) Notice(string)                       {}
 
 // dump decodes the session and prints its transactions: what a reviewer reads
 // beside the history. Long values are cut.

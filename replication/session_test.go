@@ -134,6 +134,8 @@ func (w *watcher) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
 	return nil
 }
 
+func (w *watcher) Notice(string) {}
+
 func (w *watcher) Idle() {
 	w.mu.Lock()
 	defer w.mu.Unlock()

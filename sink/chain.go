@@ -131,6 +131,7 @@ func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain
 // ErrStream, ErrForgotten, ErrStrangers, *AmbiguousError, or what Outcomes
 // returned.
 func (ch *Chain) Run(ctx context.Context) error {
+	ch.client.wire.discard() // of an earlier chain: its copies must not land behind what was read from the stream since
 	acks, err := ch.client.nc.Subscribe(ch.inbox+">", ch.answer)
 	if err != nil {
 		return fmt.Errorf("subscribe to acks: %w", err)

@@ -201,6 +201,15 @@ func (w *wire) flush() error {
 	return c.flush()
 }
 
+// discard drops the publishes that wait.
+func (w *wire) discard() {
+	if c := w.live.Load(); c != nil {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.out = c.out[:0]
+	}
+}
+
 // wireConn is one connection. The client reads and writes, the chain publishes.
 type wireConn struct {
 	net.Conn           // the socket, or TLS over it

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -281,7 +282,14 @@ func (s *season) newSeat() *seat {
 
 func (st *seat) start() {
 	st.season.Helper()
-	st.relay = testenv.StartProgram(st.season.T, st.season.program, st.env)
+	started := testenv.StartProgram(st.season.T, st.season.program, st.env)
+	st.relay = started
+	st.season.Cleanup(func() {
+		if st.season.Failed() && started.Running() {
+			started.Signal(syscall.SIGQUIT) // its log then ends in what each goroutine does
+			started.Wait(time.Minute)
+		}
+	})
 }
 
 // streaming tells, by its log, whether the relay has the slot and works.
@@ -307,7 +315,7 @@ func (s *season) requireAlive() {
 	for _, st := range s.seats {
 		if !st.relay.Running() {
 			logs := st.relay.Logs()
-			s.Fatalf("a relay ended by itself (exit code %d); the end of its log:\n%s", st.relay.Wait(0), logs[max(0, len(logs)-4<<10):])
+			s.Fatalf("a relay ended by itself (exit code %d); the end of its log:\n%s", st.relay.Wait(time.Minute), logs[max(0, len(logs)-4<<10):])
 		}
 	}
 }
