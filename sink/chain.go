@@ -106,7 +106,9 @@ const probeAfter = 10 * time.Millisecond
 const keepBuffer = 16 << 10
 
 // NewChain returns a chain whose first message must follow the stream's last
-// one. foreign says that messages of others were ever seen in the stream.
+// one. foreign says that messages of others were ever seen in the stream. What
+// an earlier chain has not written yet is dropped: it must not land behind the
+// messages that were read from the stream since.
 func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain {
 	ch := &Chain{
 		client: c, log: c.log, stream: stream, outcomes: outcomes,
@@ -124,6 +126,7 @@ func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain
 		ch.limit = min(ch.limit, stream.MaxMsgSize)
 	}
 	ch.changed.L = &ch.mu
+	c.wire.discard()
 	return ch
 }
 
@@ -131,7 +134,6 @@ func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain
 // ErrStream, ErrForgotten, ErrStrangers, *AmbiguousError, or what Outcomes
 // returned.
 func (ch *Chain) Run(ctx context.Context) error {
-	ch.client.wire.discard() // of an earlier chain: its copies must not land behind what was read from the stream since
 	acks, err := ch.client.nc.Subscribe(ch.inbox+">", ch.answer)
 	if err != nil {
 		return fmt.Errorf("subscribe to acks: %w", err)
