@@ -138,8 +138,9 @@ func relayConfig(cfg config.Config) relay.Config {
 		Sink: func(system replication.System) sink.Config {
 			return sinkConfig(cfg, system, columns)
 		},
-		Halt:  cfg.OnReject == config.OnRejectHalt,
-		Grace: cfg.ShutdownGrace,
+		Halt:         cfg.OnReject == config.OnRejectHalt,
+		ConfirmDelay: cfg.ConfirmDelay,
+		Grace:        cfg.ShutdownGrace,
 	}
 }
 

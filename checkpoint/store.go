@@ -55,10 +55,11 @@ type Checkpoint struct {
 // a connection with synchronous_commit on. A write returns ErrNotReplicated
 // where its commit may not last. Not safe for concurrent use.
 type Store struct {
-	conn  *pgx.Conn
-	table string // quoted
-	slot  string
-	epoch int64 // ours, once claimed
+	conn    *pgx.Conn
+	table   string // quoted
+	history string // quoted
+	slot    string
+	epoch   int64 // ours, once claimed
 
 	notReplicated bool
 }
@@ -66,9 +67,10 @@ type Store struct {
 // NewStore returns the store of slot's row in schema.outbox_relay_checkpoints.
 func NewStore(conn *pgx.Conn, schema, slot string) *Store {
 	s := &Store{
-		conn:  conn,
-		table: pgx.Identifier{schema, "outbox_relay_checkpoints"}.Sanitize(),
-		slot:  slot,
+		conn:    conn,
+		table:   pgx.Identifier{schema, "outbox_relay_checkpoints"}.Sanitize(),
+		history: pgx.Identifier{schema, "outbox_relay_history"}.Sanitize(),
+		slot:    slot,
 	}
 	return s
 }
@@ -163,6 +165,7 @@ type Advance struct {
 	Sequence  uint64
 	MessageID string // empty: unchanged
 	Confirm   pglogrepl.LSN
+	Keep      time.Duration // older checkpoints are kept so long; 0: none is
 }
 
 // Effects is SQL that is carried out together with an advance or not at all.
@@ -184,7 +187,8 @@ type Effects struct {
 // caller must claim and read again.
 func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": a.Position.Commit.String(),
-		"ordinal": a.Position.Ordinal, "sequence": a.Sequence, "message": a.MessageID, "confirm": a.Confirm.String()}
+		"ordinal": a.Position.Ordinal, "sequence": a.Sequence, "message": a.MessageID, "confirm": a.Confirm.String(),
+		"keep": a.Keep.Seconds(), "apart": (a.Keep / keptApart).Seconds()}
 	for name, value := range e.Args {
 		args[name] = value
 	}
@@ -193,7 +197,7 @@ func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 				message_id = coalesce(nullif(@message::text, ''), message_id),
 				confirmed_lsn = greatest(confirmed_lsn, @confirm::pg_lsn), updated_at = now()
 			where slot = @slot and epoch = @epoch and (commit_lsn, ordinal) <= (@commit::pg_lsn, @ordinal::bigint)
-			returning slot)` + e.CTE + ` select (select count(*) from advanced)` + e.Result
+			returning slot, commit_lsn, ordinal, confirmed_lsn, stream_sequence, message_id)` + s.keeping(a) + e.CTE + ` select (select count(*) from advanced)` + e.Result
 	var moved int
 	s.notReplicated = false
 	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&moved}, e.Dest...)...)

@@ -85,6 +85,20 @@ comment on column outbox_relay_checkpoints.foreign_seen is
 comment on column outbox_relay_checkpoints.publication_state is
     'fingerprint of the publication; the relay stops when it changes; set it to null to accept the change';
 
+create table if not exists outbox_relay_history
+(
+    slot            text        not null,
+    commit_lsn      pg_lsn      not null,
+    ordinal         bigint      not null,
+    confirmed_lsn   pg_lsn      not null,
+    stream_sequence bigint      not null,
+    message_id      text        null,
+    recorded_at     timestamptz not null default now()
+);
+
+comment on table outbox_relay_history is
+    'Older checkpoints, kept while the slot is held back (OUTBOX_CONFIRM_DELAY): what the relay goes back to when the broker has forgotten messages.';
+
 create table if not exists outbox_relay_leftovers
 (
     slot        text        not null,

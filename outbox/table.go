@@ -104,7 +104,7 @@ func (c Columns) Required() []string {
 }
 
 func (t Table) checkOwnTables(ctx context.Context, conn *pgx.Conn) error {
-	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_leftovers"} {
+	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers"} {
 		var there bool
 		own := pgx.Identifier{t.Schema, name}.Sanitize()
 		if err := conn.QueryRow(ctx, `select pg_catalog.to_regclass($1) is not null`, own).Scan(&there); err != nil {

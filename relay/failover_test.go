@@ -136,6 +136,24 @@ func TestFailover(t *testing.T) {
 	requireLeaves(p.bundle, r)
 }
 
+// A standby that is away holds up what is read: said, and no fault.
+func TestStandbyIsAwaited(t *testing.T) {
+	t.Parallel()
+	b := setupOn(t, testenv.OwnPostgresSince(t, 17, nil), testenv.NATSOptions{})
+	b.exec(`select pg_create_physical_replication_slot('standby')`)
+	r := b.streaming()
+	b.exec(`alter system set synchronized_standby_slots = 'standby'`)
+	b.exec(`select pg_reload_conf()`)
+	testenv.Eventually(t, "the standby to be awaited", func() bool {
+		b.insert(1)
+		return strings.Contains(r.Logs(), "Postgres has a word about the slot")
+	})
+	b.exec(`alter system reset synchronized_standby_slots`)
+	b.exec(`select pg_reload_conf()`)
+	testenv.Eventually(t, "all rows published", func() bool { return b.count(`select count(*) from events where status <> 'published'`) == 0 })
+	requireLeaves(b, r)
+}
+
 // Without it the stream can hold what the failover lost: told by name. The new
 // server's LSNs start below those of what was lost, and nothing is skipped.
 func TestFailoverThatLosesTransactions(t *testing.T) {

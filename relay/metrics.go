@@ -12,7 +12,7 @@ type Metrics struct {
 	parked, alreadyStored, ignored prometheus.Counter
 	recorded, leftovers            prometheus.Counter
 	resyncs, sessions              prometheus.Counter
-	foreign, phantoms              prometheus.Counter
+	foreign, phantoms, forgotten   prometheus.Counter
 	publishSeconds, commitSeconds  prometheus.Histogram
 	waiting                        prometheus.Gauge
 	inflight, inflightBytes        prometheus.Gauge
@@ -50,6 +50,7 @@ func NewMetrics(registry prometheus.Registerer) *Metrics {
 	m.sessions = counter("sessions_lost_total", "Replication sessions that ended by an error.")
 	m.foreign = counter("foreign_messages_total", "Messages in the stream that are not this relay's.")
 	m.phantoms = counter("phantom_events_total", "Messages in the stream whose transactions a failover or a restore lost.")
+	m.forgotten = counter("broker_forgot_total", "Times that the stream had lost messages which it had acknowledged.")
 	m.publishSeconds = histogram("publish_duration_seconds", "From sending an event to its ack.")
 	m.commitSeconds = histogram("commit_to_ack_seconds", "From an event's commit, by Postgres's clock, to its ack.")
 	m.waiting = gauge("rows_waiting", "Rows whose outcome waits for a lock of the application.")

@@ -54,6 +54,7 @@ type recorder struct {
 type confirmation struct {
 	lsn   pglogrepl.LSN
 	after pglogrepl.LSN // the standbys must have passed this; 0: not seen yet
+	due   time.Time     // when the delay is over
 }
 
 // request is work for the recorder's connection.
@@ -114,7 +115,7 @@ func (r *recorder) rest(ctx context.Context, full bool) error {
 	case req := <-r.requests:
 		req.done <- req.do(ctx)
 	case <-timer.C:
-		if len(r.pending) > 0 || r.barred {
+		if r.mayConfirm() || r.barred {
 			r.hurry()
 		}
 	}
@@ -235,6 +236,11 @@ func (r *recorder) accepted(ctx context.Context, state outbox.State) (bool, erro
 	return true, nil
 }
 
+// mayConfirm reports whether something recorded waits for a look only.
+func (r *recorder) mayConfirm() bool {
+	return len(r.pending) > 0 && !time.Now().Before(r.pending[0].due)
+}
+
 // confirmPending confirms what was recorded before the look. Where
 // synchronized_standby_slots names standbys, these must have passed the
 // checkpoint's own commit, or a promoted one has a slot ahead of it.
@@ -245,7 +251,7 @@ func (r *recorder) confirmPending(state outbox.State) {
 		if c.after == 0 {
 			c.after = state.WALEnd
 		}
-		if state.Standbys < c.after {
+		if state.Standbys < c.after || time.Now().Before(c.due) {
 			break
 		}
 		r.reader.Confirm(c.lsn)
@@ -262,7 +268,8 @@ func (r *recorder) worthConfirming(b checkpoint.Batch) bool {
 
 // record makes the batch durable.
 func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
-	advance := checkpoint.Advance{Position: r.position, Sequence: b.Sequence, MessageID: string(b.Last), Confirm: max(b.Safe, r.confirm)}
+	advance := checkpoint.Advance{Position: r.position, Sequence: b.Sequence, MessageID: string(b.Last), Confirm: max(b.Safe, r.confirm),
+		Keep: r.relay.config.ConfirmDelay}
 	if len(b.Items) > 0 {
 		advance.Position = b.Position
 	}
@@ -276,7 +283,7 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	}
 	r.position, r.sequence, r.confirm = advance.Position, advance.Sequence, advance.Confirm
 	r.tracker.Recorded(b)
-	r.pending = append(r.pending, confirmation{lsn: advance.Confirm})
+	r.pending = append(r.pending, confirmation{lsn: advance.Confirm, due: time.Now().Add(r.relay.config.ConfirmDelay)})
 	r.lastWrite, r.ownEnd = time.Now(), 0
 	r.tell(recorded, len(b.Items))
 	return nil
@@ -290,7 +297,7 @@ func (r *recorder) tell(recorded outbox.Recorded, events int) {
 		r.log.Info("rows are locked by the application: their outcome is kept, and written when they are free", "rows", n)
 	}
 	if n := recorded.Answered(); n > 0 {
-		r.log.Info("rows were deleted or changed by the application before their outcome was recorded", "rows", n)
+		r.log.Info("rows are gone or no longer pending: the application deleted or changed them, or their outcome was recorded before", "rows", n)
 	}
 	if recorded.Kept > 0 {
 		r.log.Warn("rejected events whose row is gone are kept whole in outbox_relay_leftovers", "events", recorded.Kept)
@@ -325,7 +332,10 @@ func (r *recorder) flush(ctx context.Context, settled bool) error {
 			if _, err := r.round(ctx); err != nil {
 				return err
 			}
-			left = len(r.tracker.Batch(1, func(uint32) bool { return true }).Items) + len(r.pending)
+			left = len(r.tracker.Batch(1, func(uint32) bool { return true }).Items)
+			if r.relay.config.ConfirmDelay == 0 { // else the slot stays back, also over a stop
+				left += len(r.pending)
+			}
 			if left == 0 && settled {
 				return r.store.Settle(ctx)
 			}

@@ -22,8 +22,11 @@ type Config struct {
 	Table    outbox.Table
 	Sink     func(replication.System) sink.Config // told who Postgres is
 	Stream   string
-	Halt     bool          // before an event that can never be stored, instead of parking it
-	Grace    time.Duration // for the last events when the relay is stopped
+	Halt     bool // before an event that can never be stored, instead of parking it
+	// ConfirmDelay holds the slot back behind the checkpoint, so that what the
+	// broker forgets can be read again.
+	ConfirmDelay time.Duration
+	Grace        time.Duration // for the last events when the relay is stopped
 }
 
 // unrecordedBound is how many events may be stored and not recorded. It bounds

@@ -139,7 +139,7 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		return from, s.explainResume(ctx, *cp, err)
 	}
 	if read {
-		if from.reader, err = s.restart(ctx); err != nil {
+		if from.reader, err = s.restart(ctx, *cp); err != nil {
 			return from, err
 		}
 	}

@@ -240,19 +240,24 @@ func (s *session) start(ctx context.Context) (*replication.Session, checkpoint.C
 		return nil, cp, err
 	}
 	reader.Confirm(slot.Confirmed)
-	return reader, cp, s.verify(ctx, cp, slot)
+	err = s.verify(ctx, &cp, slot)
+	return reader, cp, err
 }
 
-// restart gives the slot's events again to a session that has read some.
-func (s *session) restart(ctx context.Context) (*replication.Session, error) {
+// restart gives the slot's events again to a session that has read some, behind
+// this checkpoint.
+func (s *session) restart(ctx context.Context, from checkpoint.Checkpoint) (*replication.Session, error) {
 	// The server may not have noticed yet that the first connection is gone.
 	for deadline := time.Now().Add(5 * time.Second); ; {
 		s.conn.Close()
 		if err := s.connectReplication(ctx); err != nil {
 			return nil, err
 		}
-		reader, _, err := s.start(ctx)
-		if !errors.Is(err, replication.ErrSlotInUse) || time.Now().After(deadline) {
+		reader, cp, err := s.start(ctx)
+		switch {
+		case err == nil && cp.Sequence != from.Sequence:
+			return nil, fmt.Errorf("%w meanwhile", sink.ErrForgotten) // and the checkpoint has gone back
+		case !errors.Is(err, replication.ErrSlotInUse) || time.Now().After(deadline):
 			return reader, err
 		}
 		if err := pause(ctx, 20*time.Millisecond); err != nil {

@@ -10,9 +10,10 @@ import (
 	"outbox-relay/sink"
 )
 
-// verify holds the checkpoint against slot, server, stream and publication.
-func (s *session) verify(ctx context.Context, cp checkpoint.Checkpoint, slot replication.Slot) error {
-	if err := s.verifySystem(cp); err != nil {
+// verify holds the checkpoint against slot, server, stream and publication, and
+// moves it back where the broker has forgotten what it stands on.
+func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot replication.Slot) error {
+	if err := s.verifySystem(*cp); err != nil {
 		return err
 	}
 	fresh := s.startAnew()
@@ -25,13 +26,13 @@ func (s *session) verify(ctx context.Context, cp checkpoint.Checkpoint, slot rep
 		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, advanced by hand, or synchronized to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it. They stand in the table with status 'pending'; %s",
 			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
 	}
-	if err := s.verifyTimeline(cp); err != nil {
+	if err := s.verifyTimeline(*cp); err != nil {
 		return err
 	}
-	if err := s.verifyPublication(ctx, cp); err != nil {
+	if err := s.verifyPublication(ctx, *cp); err != nil {
 		return err
 	}
-	return s.verifyStream(ctx, cp)
+	return s.verifyStream(ctx, cp, slot)
 }
 
 // verifySystem makes sure that the checkpoint was written by this cluster, or
@@ -99,45 +100,85 @@ func (s *session) publicationChanged(ctx context.Context) error {
 }
 
 // verifyStream makes sure that the stream still holds, or held, the message
-// that the checkpoint stands on.
-func (s *session) verifyStream(ctx context.Context, cp checkpoint.Checkpoint) error {
-	if err := s.awaitSequence(ctx, cp.Sequence); err != nil {
+// that the checkpoint stands on. A broker that forgot it had acknowledged more
+// than it had made durable: the checkpoint then goes back to where the stream
+// still bears it out, if the slot does too.
+func (s *session) verifyStream(ctx context.Context, cp *checkpoint.Checkpoint, slot replication.Slot) error {
+	what, err := s.forgotten(ctx, *cp)
+	if err != nil || what == "" {
 		return err
 	}
-	if cp.MessageID == "" || cp.Sequence == 0 {
-		return nil
+	s.relay.metrics.forgotten.Inc()
+	earlier, err := s.earlier(ctx, slot)
+	switch {
+	case err != nil:
+		return err
+	case earlier == nil:
+		return fmt.Errorf("%s. Publish the lost events again from their rows, then go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'. "+
+			"With OUTBOX_CONFIRM_DELAY longer than the broker's sync interval the relay sends them again by itself", what, s.table.Schema, s.stream.Last, s.table.Slot)
+	}
+	s.log.Error(what, "remedy", "none needed: the lost events are read again from the slot and sent again",
+		"from_position", earlier.Position.String(), "from_sequence", earlier.Sequence)
+	return s.store.GoBack(ctx, cp, *earlier)
+}
+
+// forgotten says what the broker forgot; empty: nothing.
+func (s *session) forgotten(ctx context.Context, cp checkpoint.Checkpoint) (string, error) {
+	behind, err := s.awaitSequence(ctx, cp.Sequence)
+	switch {
+	case err != nil:
+		return "", err
+	case behind:
+		return fmt.Sprintf("stream %s ends at sequence %d, and the checkpoint stands at %d: the broker forgot messages %d to %d, which it had acknowledged",
+			s.stream.Name, s.stream.Last, cp.Sequence, s.stream.Last+1, cp.Sequence), nil
+	case cp.MessageID == "" || cp.Sequence == 0:
+		return "", nil
 	}
 	id, err := s.relay.client.MessageID(ctx, s.stream.Name, cp.Sequence)
 	switch {
-	case sink.Gone(err):
-		return nil
+	case sink.Gone(err), err == nil && id == cp.MessageID:
+		return "", nil
 	case err != nil:
-		return err
-	case id != cp.MessageID:
-		return fmt.Errorf("message %d of stream %s has id %q, and the checkpoint knows it as %q: the broker forgot messages that it had acknowledged, and stored others since: %s",
-			cp.Sequence, s.stream.Name, id, cp.MessageID, s.forgotten(cp))
+		return "", err
 	}
-	return nil
+	return fmt.Sprintf("message %d of stream %s has id %q, and the checkpoint knows it as %q: the broker forgot messages that it had acknowledged, and stored others since",
+		cp.Sequence, s.stream.Name, id, cp.MessageID), nil
 }
 
 // awaitSequence gives a leader that is behind a moment to catch up.
-func (s *session) awaitSequence(ctx context.Context, sequence uint64) error {
+func (s *session) awaitSequence(ctx context.Context, sequence uint64) (behind bool, err error) {
 	for deadline := time.Now().Add(10 * time.Second); s.stream.Last < sequence; {
 		if time.Now().After(deadline) {
-			return fmt.Errorf("stream %s ends at sequence %d, and the checkpoint stands at %d: the broker forgot messages %d to %d, which it had acknowledged: %s",
-				s.stream.Name, s.stream.Last, sequence, s.stream.Last+1, sequence, s.forgotten(checkpoint.Checkpoint{Sequence: sequence}))
+			return true, nil
 		}
 		if err := pause(ctx, 250*time.Millisecond); err != nil {
-			return err
+			return false, err
 		}
 		if err := s.connectStream(ctx); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return nil
+	return false, nil
 }
 
-func (s *session) forgotten(checkpoint.Checkpoint) string {
-	return fmt.Sprintf("publish the lost events again from their rows, then go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
-		s.table.Schema, s.stream.Last, s.table.Slot)
+// earlier finds the newest older checkpoint whose message still stands in the
+// stream, and whose events the slot still has; nil: there is none.
+func (s *session) earlier(ctx context.Context, slot replication.Slot) (*checkpoint.Earlier, error) {
+	kept, err := s.store.Earlier(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range kept {
+		if e.Sequence > s.stream.Last || e.MessageID == "" || slot.Confirmed > e.Confirmed {
+			continue
+		}
+		id, err := s.relay.client.MessageID(ctx, s.stream.Name, e.Sequence)
+		switch {
+		case err == nil && id == e.MessageID:
+			return &e, nil
+		case err != nil && !sink.Gone(err):
+			return nil, err
+		}
+	}
+	return nil, nil
 }

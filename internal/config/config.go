@@ -31,8 +31,9 @@ type Config struct {
 	Source           Source
 	AfterPublish     AfterPublish
 	OnReject         OnReject
-	MaxInflight      int    // messages sent and unacknowledged
-	MaxInflightBytes int64  // the same in bytes
+	MaxInflight      int   // messages sent and unacknowledged
+	MaxInflightBytes int64 // the same in bytes
+	ConfirmDelay     time.Duration
 	HTTPAddr         string // host:port; empty: off
 	Log              Log
 	ShutdownGrace    time.Duration
@@ -169,6 +170,7 @@ func (e *environment) config(f *faults) Config {
 		OnReject:         read(f, e.OnReject, oneOf(OnRejectPark, OnRejectHalt)),
 		MaxInflight:      read(f, e.MaxInflight, between(1, 65536)),
 		MaxInflightBytes: read(f, e.MaxInflightBytes, parseInflightBytes),
+		ConfirmDelay:     read(f, e.ConfirmDelay, parseDuration),
 		HTTPAddr:         read(f, e.HTTPAddr, parseHTTPAddr),
 		Log: Log{
 			Level:  read(f, e.LogLevel, parseLevel),

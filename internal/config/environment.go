@@ -49,6 +49,7 @@ type environment struct {
 	OnReject              text `split_words:"true" default:"park" desc:"park an event that JetStream can never take, or halt before it"`
 	MaxInflight           text `split_words:"true" default:"8192" desc:"messages sent and unacknowledged, 1 to 65536"`
 	MaxInflightBytes      text `split_words:"true" default:"64MiB" desc:"the same in bytes, at least 1MiB"`
+	ConfirmDelay          text `split_words:"true" default:"0" desc:"hold the slot back this long behind the checkpoint: longer than the broker's sync interval"`
 	HTTPAddr              text `split_words:"true" default:"127.0.0.1:8080" empty:"off" desc:"address of metrics and health; empty: off"`
 	LogLevel              text `split_words:"true" default:"info" desc:"debug, info, warn or error"`
 	LogFormat             text `split_words:"true" default:"text" desc:"text or json"`

@@ -67,6 +67,9 @@ func freePort(tb testing.TB) int {
 // URL is where clients connect, the same after a restart.
 func (n *NATSServer) URL() string { return fmt.Sprintf("nats://127.0.0.1:%d", n.options.Port) }
 
+// StoreDir is where JetStream keeps its files.
+func (n *NATSServer) StoreDir() string { return n.options.StoreDir }
+
 // Server is the running server: another one after each restart.
 func (n *NATSServer) Server() *server.Server { return n.server }
 

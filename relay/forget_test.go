@@ -1,0 +1,91 @@
+package relay_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"outbox-relay/internal/testenv"
+)
+
+// forgetful is a broker whose power is cut: what it had acknowledged and not
+// synced is gone.
+type forgetful struct {
+	*bundle
+	saved string
+}
+
+// save keeps the store as it is now, as if it were synced.
+func (f *forgetful) save() {
+	f.Helper()
+	f.nats.Stop()
+	f.saved = filepath.Join(f.TempDir(), "store")
+	f.must(os.CopyFS(f.saved, os.DirFS(f.nats.StoreDir())))
+	f.nats.Restart()
+}
+
+// cutPower brings the saved store back.
+func (f *forgetful) cutPower() {
+	f.Helper()
+	f.nats.Stop()
+	f.must(os.RemoveAll(f.nats.StoreDir()))
+	f.must(os.CopyFS(f.nats.StoreDir(), os.DirFS(f.saved)))
+	f.nats.Restart()
+}
+
+// With the slot held back, the lost tail is sent again: by a relay that runs,
+// and by one that starts.
+func TestBrokerForgetsWhatTheSlotStillHas(t *testing.T) {
+	for _, mode := range []string{"mark", "delete", "keep"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			f := &forgetful{bundle: setup(t)}
+			changes := []string{noWindow, "CONFIRM_DELAY=1h", "AFTER_PUBLISH=" + mode}
+			r := f.streaming(changes...)
+			ids := f.insert(20)
+			f.requireRecorded(ids)
+			f.save()
+			ids = append(ids, f.insert(500)...)
+			f.requireRecorded(ids)
+			f.cutPower()
+			ids = append(ids, f.insert(7)...)
+			f.requireStream(ids)
+			r.WaitLog("the broker forgot messages")
+
+			f.requireRecorded(ids)
+			f.save()
+			ids = append(ids, f.insert(300)...)
+			f.requireRecorded(ids)
+			requireLeaves(f.bundle, r)
+			f.cutPower()
+			r = f.start(changes...)
+			f.requireStream(ids)
+			f.requireRecorded(ids)
+			requireLeaves(f.bundle, r)
+		})
+	}
+}
+
+// requireRecorded waits until the checkpoint stands on the last of the events.
+func (b *bundle) requireRecorded(ids []string) {
+	b.Helper()
+	testenv.Eventually(b, "the checkpoint at the last event", func() bool {
+		return b.count(`select count(*) from outbox_relay_checkpoints where message_id = $1`, ids[len(ids)-1]) == 1
+	})
+}
+
+// Without, the range is named, and nothing is guessed.
+func TestBrokerForgetsForGood(t *testing.T) {
+	t.Parallel()
+	f := &forgetful{bundle: setup(t)}
+	r := f.streaming(noWindow)
+	ids := f.insert(20)
+	f.requireRecorded(ids)
+	f.save()
+	f.requireRecorded(f.insert(30))
+	f.cutPower()
+	f.insert(1) // what makes a relay that runs look
+	requireEnd(t, r, 1, "the broker forgot messages 21 to 50", "UPDATE", "OUTBOX_CONFIRM_DELAY")
+	requireEnd(t, f.start(noWindow), 1, "the broker forgot messages 21 to 50")
+	f.requireStream(ids)
+}
