@@ -53,6 +53,8 @@ func passes(err error) bool {
 	var api *jetstream.APIError
 	var connect *pgconn.ConnectError
 	switch {
+	case errors.Is(err, sink.ErrStream): // whatever code the server gave it
+		return false
 	case errors.As(err, &network), errors.As(err, &connect):
 		return true
 	case errors.As(err, &api):

@@ -59,6 +59,7 @@ func TestWhatPasses(t *testing.T) {
 		{"publication's state", &outbox.PublicationError{}, false},
 		{"halted", &HaltError{}, false},
 		{"stream", sink.ErrStream, false},
+		{"stream, whatever its code", fmt.Errorf("%w: %w", sink.ErrStream, &jetstream.APIError{Code: 500, ErrorCode: 10074}), false},
 		{"ambiguous", &sink.AmbiguousError{}, false},
 		{"no checkpoint", checkpoint.ErrNone, false},
 		{"no slot", replication.ErrNoSlot, false},

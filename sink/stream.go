@@ -129,19 +129,51 @@ func (c *Client) create(ctx context.Context, owner StreamConfig) (*jetstream.Str
 		Metadata:    map[string]string{metaSystem: owner.SystemID, metaSlot: owner.Slot},
 	})
 	if err != nil {
-		var api *jetstream.APIError
-		if errors.As(err, &api) && api.Code == 400 {
-			return nil, fmt.Errorf("%w: create stream %s with subjects %s: %w", ErrStream, owner.Name, owner.Subjects, err)
-		}
-		return nil, fmt.Errorf("create stream %s: %w", owner.Name, err)
+		return nil, explainCreate(err, owner)
 	}
 	c.log.Info("created the stream", "stream", owner.Name, "subjects", owner.Subjects, "replicas", owner.Replicas)
 	return s.CachedInfo(), nil
 }
 
-// refuse names why a stream can't keep the promise.
+// Error codes of the server that nats.go does not name.
+// Source: https://github.com/nats-io/nats-server, server/errors.json
+const (
+	codeSubjectOverlap       = 10065
+	codeReplicasNotSupported = 10074
+)
+
+// explainCreate tells what waiting can't mend, and what to do about it.
+func explainCreate(err error, owner StreamConfig) error {
+	var api *jetstream.APIError
+	switch {
+	case !errors.As(err, &api):
+	case api.ErrorCode == codeSubjectOverlap:
+		return fmt.Errorf("%w: create stream %s with subjects %s: %w: change OUTBOX_SUBJECT, or set OUTBOX_STREAM to the stream that has them", ErrStream, owner.Name, owner.Subjects, err)
+	case api.ErrorCode == codeReplicasNotSupported:
+		return fmt.Errorf("%w: create stream %s with %d replicas: %w: a single server takes OUTBOX_STREAM_REPLICAS=1", ErrStream, owner.Name, owner.Replicas, err)
+	case api.Code == 400:
+		return fmt.Errorf("%w: create stream %s with subjects %s: %w: see to OUTBOX_SUBJECT and OUTBOX_STREAM_*, or create it by hand", ErrStream, owner.Name, owner.Subjects, err)
+	}
+	return fmt.Errorf("create stream %s: %w", owner.Name, err)
+}
+
+// refuse names why a stream can't keep the promise, and what to do.
 func refuse(config jetstream.StreamConfig, owner StreamConfig) error {
 	system, slot := config.Metadata[metaSystem], config.Metadata[metaSlot]
+	fault := fault(config)
+	switch {
+	case fault != nil:
+		return fmt.Errorf("%w: change or replace it, or choose another OUTBOX_STREAM", fault)
+	case !covered(owner.Subjects, config.Subjects):
+		return fmt.Errorf("has subjects %s, which do not cover %s: add it, or change OUTBOX_SUBJECT or OUTBOX_STREAM", strings.Join(config.Subjects, ", "), owner.Subjects)
+	case slot != "" && (slot != owner.Slot || system != owner.SystemID):
+		return fmt.Errorf("belongs to another relay (slot %s of Postgres cluster %s): one stream has one relay: choose another OUTBOX_STREAM", slot, system)
+	}
+	return nil
+}
+
+// fault names what no relay's stream may be.
+func fault(config jetstream.StreamConfig) error {
 	switch {
 	case config.Mirror != nil:
 		return errors.New("is a mirror: nothing can be published to it")
@@ -165,10 +197,6 @@ func refuse(config jetstream.StreamConfig, owner StreamConfig) error {
 		return errors.New("is sealed")
 	case config.PersistMode == jetstream.AsyncPersistMode:
 		return errors.New("persists asynchronously: it acknowledges messages that are not written")
-	case !covered(owner.Subjects, config.Subjects):
-		return fmt.Errorf("has subjects %s, which do not cover %s: add it, or change OUTBOX_SUBJECT", strings.Join(config.Subjects, ", "), owner.Subjects)
-	case slot != "" && (slot != owner.Slot || system != owner.SystemID):
-		return fmt.Errorf("belongs to another relay (slot %s of Postgres cluster %s): one stream has one relay: choose another OUTBOX_STREAM", slot, system)
 	}
 	return nil
 }
