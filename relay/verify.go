@@ -148,7 +148,7 @@ func (s *session) forgotten(ctx context.Context, cp checkpoint.Checkpoint) (stri
 // awaitSequence gives a leader that is behind a moment to catch up.
 func (s *session) awaitSequence(ctx context.Context, sequence uint64) (behind bool, err error) {
 	for deadline := time.Now().Add(10 * time.Second); s.stream.Last < sequence; {
-		if time.Now().After(deadline) {
+		if !s.stream.Replicated || time.Now().After(deadline) {
 			return true, nil
 		}
 		if err := pause(ctx, 250*time.Millisecond); err != nil {

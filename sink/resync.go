@@ -127,7 +127,7 @@ func (r *resyncer) look(ctx context.Context) (Stream, error) {
 	if r.behind.IsZero() {
 		r.behind = time.Now()
 	}
-	if time.Since(r.behind) < forgetWait {
+	if stream.Replicated && time.Since(r.behind) < forgetWait {
 		return stream, fmt.Errorf("wait for the stream's leader: %s", err) // not final yet
 	}
 	return stream, err

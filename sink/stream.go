@@ -41,7 +41,8 @@ type Stream struct {
 	Created    time.Time // microseconds, as Postgres keeps it
 	First      uint64    // sequences below it are gone
 	Last       uint64
-	MaxMsgSize int // -1: no limit of its own
+	MaxMsgSize int  // -1: no limit of its own
+	Replicated bool // its leader may be behind for a moment
 }
 
 var (
@@ -79,6 +80,7 @@ func stream(info *jetstream.StreamInfo) Stream {
 		First:      info.State.FirstSeq,
 		Last:       info.State.LastSeq,
 		MaxMsgSize: int(info.Config.MaxMsgSize),
+		Replicated: info.Config.Replicas > 1,
 	}
 	if s.MaxMsgSize == 0 {
 		s.MaxMsgSize = -1
