@@ -41,7 +41,7 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 		after:   from.checkpoint.Position,
 		found:   from.found,
 	}
-	p.chain = s.relay.client.NewChain(s.stream, from.checkpoint.Foreign, p)
+	p.chain = s.relay.client.NewChain(s.stream, from.checkpoint.Foreign, from.heritage, p)
 	recorder.inflight = p.chain.InFlight
 	return p
 }

@@ -128,6 +128,10 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 	if err != nil {
 		return from, err
 	}
+	from.heritage = sink.Heritage{Events: cp.Bound, End: now.WALEnd}
+	if s.left != 0 {
+		from.heritage.End = s.left
+	}
 	read := false
 	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int) (sink.Events, error) {
 		read = true

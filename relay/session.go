@@ -271,6 +271,7 @@ type origin struct {
 	reader     *replication.Session
 	checkpoint checkpoint.Checkpoint
 	found      sink.Found
+	heritage   sink.Heritage
 }
 
 // run is the pipeline: the reader's goroutine reads, decodes and publishes;

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pglogrepl"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
 
@@ -62,6 +63,9 @@ type Chain struct {
 	limit    int    // of a message, in bytes
 	inbox    string // prefix of the subjects that this chain's acks come on
 
+	heritage Heritage
+	began    time.Time
+
 	sending chan struct{} // holds a token while messages are sent, and for the whole of a resync
 	builder *builder      // whoever has the token
 	reply   []byte        // likewise
@@ -105,11 +109,23 @@ const probeAfter = 10 * time.Millisecond
 // keepBuffer is the largest buffer that an entry keeps for its next event.
 const keepBuffer = 16 << 10
 
+// Heritage is what an earlier chain may have sent that has not landed yet: the
+// first events behind the checkpoint, at most so many, up to an LSN.
+type Heritage struct {
+	Events int
+	End    pglogrepl.LSN
+}
+
+// lateWait is how long a copy of an earlier chain may be under way: in buffers of
+// a connection that has ended, and in the server's queue. Where a link was cut,
+// copies landed three seconds later.
+const lateWait = 30 * time.Second
+
 // NewChain returns a chain whose first message must follow the stream's last
 // one. foreign says that messages of others were ever seen in the stream. What
 // an earlier chain has not written yet is dropped: it must not land behind the
 // messages that were read from the stream since.
-func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain {
+func (c *Client) NewChain(stream Stream, foreign bool, heritage Heritage, outcomes Outcomes) *Chain {
 	ch := &Chain{
 		client: c, log: c.log, stream: stream, outcomes: outcomes,
 		limit:   int(c.nc.MaxPayload()),
@@ -118,7 +134,7 @@ func (c *Client) NewChain(stream Stream, foreign bool, outcomes Outcomes) *Chain
 		builder: newBuilder(c.config.Message),
 		ring:    make([]entry, 64),
 		last:    stream.Last, next: stream.Last,
-		foreign: foreign,
+		foreign: foreign, heritage: heritage, began: time.Now(),
 		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
 	}
@@ -442,6 +458,14 @@ func (ch *Chain) breakWith(err error) {
 	case ch.trouble <- struct{}{}:
 	default:
 	}
+}
+
+// young reports whether copies of an earlier chain can still land.
+func (ch *Chain) young() bool { return ch.heritage.Events > 0 && time.Since(ch.began) < lateWait }
+
+// inherited reports whether an earlier chain may have sent the event.
+func (ch *Chain) inherited(en *entry) bool {
+	return ch.young() && en.index < uint64(ch.heritage.Events) && en.event.Position.Commit < ch.heritage.End
 }
 
 func (ch *Chain) at(number uint64) *entry { return &ch.ring[number&uint64(len(ch.ring)-1)] }

@@ -5,6 +5,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
+
 	"outbox-relay/internal/testenv"
 	"outbox-relay/outbox"
 )
@@ -19,13 +21,13 @@ func (indifferent) Resync(error)                                                
 
 // runChain runs a chain behind the stream's last message until the function that
 // it returns is called, which waits for its end.
-func runChain(t *testing.T, c *Client) (chain *Chain, stop func() error) {
+func runChain(t *testing.T, c *Client, heritage Heritage) (chain *Chain, stop func() error) {
 	t.Helper()
 	stream, err := c.OpenStream(t.Context(), c.config.Stream)
 	if err != nil {
 		t.Fatal(err)
 	}
-	chain = c.NewChain(stream, false, indifferent{})
+	chain = c.NewChain(stream, false, heritage, indifferent{})
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- chain.Run(ctx) }()
@@ -42,7 +44,7 @@ func TestNothingIsLeftToTheNextChain(t *testing.T) {
 	config.Stream.Create = true
 	client := connectTo(t, config)
 
-	first, stop := runChain(t, client)
+	first, stop := runChain(t, client, Heritage{})
 	e := event()
 	e.ID = []byte("unwritten")
 	if err := first.Publish(t.Context(), 0, e); err != nil {
@@ -52,7 +54,7 @@ func TestNothingIsLeftToTheNextChain(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	second, stop := runChain(t, client)
+	second, stop := runChain(t, client, Heritage{})
 	e.ID = []byte("written")
 	if err := second.Publish(t.Context(), 0, e); err != nil {
 		t.Fatal(err)
@@ -71,5 +73,62 @@ func TestNothingIsLeftToTheNextChain(t *testing.T) {
 	}
 	if err := stop(); err != context.Canceled {
 		t.Fatal(err)
+	}
+}
+
+// A copy that an earlier chain sent can land when this one has begun, and be
+// consumed at once: what is gone then was the event, which is not to be sent
+// again. Of an event that no earlier chain can have sent it was somebody else's.
+func TestLateCopiesThatAreGone(t *testing.T) {
+	for name, c := range map[string]struct {
+		heritage Heritage
+		want     uint64 // the stream's last sequence
+	}{
+		"inherited":        {Heritage{Events: 10, End: 100}, 1},
+		"clean stop":       {Heritage{Events: 0, End: 100}, 2},
+		"committed later":  {Heritage{Events: 10, End: 50}, 2},
+		"beyond the bound": {Heritage{Events: 3, End: 100}, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := testenv.NATS(t, testenv.NATSOptions{})
+			config := Config{Servers: []string{server.URL()}, Stream: owner, MaxInflight: 100, MaxBytes: 1 << 20,
+				Message: MessageConfig{Subject: []Token{{Literal: "events"}, {Column: "aggregate_type"}, {Column: "event_type"}}}}
+			config.Stream.Create = true
+			client := connectTo(t, config)
+			chain, stop := runChain(t, client, c.heritage)
+
+			js, err := jetstream.New(client.nc)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := js.Publish(t.Context(), "events.late.copy", nil); err != nil {
+				t.Fatal(err)
+			}
+			stream, err := js.Stream(t.Context(), owner.Name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := stream.DeleteMsg(t.Context(), 1); err != nil {
+				t.Fatal(err)
+			}
+			e := event()
+			e.Position.Commit = 70
+			if err := chain.Publish(t.Context(), 5, e); err != nil {
+				t.Fatal(err)
+			}
+			if err := chain.Drain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			info, err := stream.Info(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info.State.LastSeq != c.want {
+				t.Fatalf("the stream ends at %d, want %d", info.State.LastSeq, c.want)
+			}
+			if err := stop(); err != context.Canceled {
+				t.Fatal(err)
+			}
+		})
 	}
 }

@@ -5,7 +5,7 @@ import "fmt"
 // candidate is an event that may stand in the tail of the stream.
 type candidate struct {
 	id    string
-	maybe bool // a copy of it may have been stored; false: every copy was refused
+	maybe bool // a copy of it may have been stored, of ours or of an earlier chain; false: every copy was refused
 }
 
 // verdict is what the tail tells of the candidates.

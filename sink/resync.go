@@ -150,8 +150,11 @@ func (r *resyncer) account(ctx context.Context, stream Stream) (again bool, err 
 	late := r.unanswered > 0
 	r.mu.Unlock()
 
-	if n := len(v.foreign); n > 0 {
-		return false, fmt.Errorf("%w: %d of them from sequence %d on", ErrStrangers, n, v.foreign[0].sequence)
+	switch {
+	case len(v.foreign) > 0:
+		return false, fmt.Errorf("%w: %d of them from sequence %d on", ErrStrangers, len(v.foreign), v.foreign[0].sequence)
+	case ambiguity != nil && r.young(): // more than the window may have landed
+		return false, fmt.Errorf("%w: from sequence %d on, and they are gone", ErrStrangers, ambiguity.First)
 	}
 	if v.lost > 0 && late && !r.shiftWaited {
 		// From here on the chain is shifted: a late copy of an event could fit
@@ -208,7 +211,7 @@ func (r *resyncer) candidates() []candidate {
 	events := make([]candidate, 0, r.tail-r.head)
 	for n := r.head; n < r.tail; n++ {
 		en := r.at(n)
-		events = append(events, candidate{id: string(en.event.ID), maybe: en.copies > 0 || en.stored})
+		events = append(events, candidate{id: string(en.event.ID), maybe: en.copies > 0 || en.stored || r.inherited(en)})
 	}
 	return events
 }
