@@ -23,7 +23,7 @@ func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot re
 	case !cp.StreamCreated.Equal(s.stream.Created):
 		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows the one made at %s: it was deleted and made again: %s", cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), fresh)
 	case cp.Phase == checkpoint.Streaming && slot.Confirmed > cp.Confirmed:
-		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, advanced by hand, or synchronized to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it. They stand in the table with status 'pending'; %s",
+		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand, or copied to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it. They stand in the table with status 'pending'; %s",
 			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
 	}
 	if err := s.verifyTimeline(*cp); err != nil {
