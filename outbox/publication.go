@@ -76,14 +76,14 @@ func (t Table) CheckPublication(ctx context.Context, conn *pgx.Conn) error {
 	fault := func(reason, remedy string) error {
 		return &PublicationError{Publication: t.Publication, Reason: reason, Remedy: remedy}
 	}
-	var all, inserts, more, root, unlogged bool
+	var all, inserts, more, root, chosen, unlogged bool
 	var member, filter *bool
 	var listed []string
 	name := pgx.Identifier{t.Publication}.Sanitize()
 	err := conn.QueryRow(ctx, `
 		select p.puballtables or exists (select from pg_catalog.pg_publication_namespace n where n.pnpubid = p.oid),
 			p.pubinsert, p.pubupdate or p.pubdelete or p.pubtruncate, p.pubviaroot,
-			r.oid is not null, r.prqual is not null,
+			r.oid is not null, r.prqual is not null, r.prattrs is not null,
 			array(select a.attname from pg_catalog.pg_attribute a where a.attrelid = r.prrelid and a.attnum > 0
 				and not a.attisdropped and (r.prattrs is null or a.attnum = any (r.prattrs::int2[]))),
 			exists (select from pg_catalog.pg_partition_tree(pg_catalog.to_regclass($2)) l
@@ -91,7 +91,7 @@ func (t Table) CheckPublication(ctx context.Context, conn *pgx.Conn) error {
 		from pg_catalog.pg_publication p
 		left join pg_catalog.pg_publication_rel r on r.prpubid = p.oid and r.prrelid = pg_catalog.to_regclass($2)
 		where p.pubname = $1`, t.Publication, t.String()).
-		Scan(&all, &inserts, &more, &root, &member, &filter, &listed, &unlogged)
+		Scan(&all, &inserts, &more, &root, &member, &filter, &chosen, &listed, &unlogged)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return fault("does not exist", "create it with `outbox-relay migrate`")
@@ -118,6 +118,13 @@ func (t Table) CheckPublication(ctx context.Context, conn *pgx.Conn) error {
 	}
 	if missing := have.Lacks(t.Columns.Required()); len(missing) > 0 {
 		return fault("does not list column "+strings.Join(missing, ", "), "run `outbox-relay migrate`, which extends the list")
+	}
+	// A list that has something else in the place of a column that may be missing
+	// was made before that was renamed: the message would come without it.
+	strange, unlisted := t.Columns.strange(listed), have.Lacks(t.Columns.names(false))
+	if chosen && len(strange) > 0 && len(unlisted) > 0 {
+		return fault(fmt.Sprintf("lists column %s, and not %s, which the message takes", strings.Join(strange, ", "), strings.Join(unlisted, ", ")),
+			fmt.Sprintf("if it was renamed, give it its name back; else add %s to the table and run `outbox-relay migrate`", strings.Join(unlisted, ", ")))
 	}
 	return nil
 }

@@ -93,14 +93,23 @@ func (l Layout) Lacks(names []string) []string {
 }
 
 // Required names the columns without which a row is no event.
-func (c Columns) Required() []string {
+func (c Columns) Required() []string { return c.names(true) }
+
+// names lists the columns that are required, or those that may be missing.
+func (c Columns) names(required bool) []string {
 	var names []string
 	for _, field := range c.Fields(&Event{}) {
-		if field.Required {
+		if field.Required == required {
 			names = append(names, field.Name)
 		}
 	}
 	return names
+}
+
+// strange returns those of the columns that no event has.
+func (c Columns) strange(columns []string) []string {
+	known := append(c.names(true), c.names(false)...)
+	return slices.DeleteFunc(slices.Clone(columns), func(name string) bool { return slices.Contains(known, name) })
 }
 
 func (t Table) checkOwnTables(ctx context.Context, conn *pgx.Conn) error {

@@ -286,6 +286,29 @@ func TestIDUsedTwice(t *testing.T) {
 	requireLeaves(t, r)
 }
 
+// The same within one transaction: the row that is there bears the id that is
+// stored; the log tells of the other.
+func TestIDUsedTwiceInOneTransaction(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := b.streaming()
+	b.exec(`alter table events disable trigger on_events_create`)
+	b.exec(`begin`)
+	b.insertAs("before", `1`)
+	b.insertAs("twice", `1`)
+	b.exec(`delete from events where id = 'twice'`)
+	b.insertAs("twice", `2`)
+	b.insertAs("after", `1`)
+	b.exec(`commit`)
+	b.requireStatus("published", []string{"before", "after"})
+	messages := b.requireStream([]string{"before", "twice", "after"})
+	if body := string(messages[1].Data); body != "1" {
+		t.Fatalf("body %s", body)
+	}
+	r.WaitLog(`id=twice reason="its id is taken: message 2 of stream EVENTS bears it"`)
+	requireLeaves(t, r)
+}
+
 // Behind the stream's memory an id is as good as another, also for the matching
 // after a crash.
 func TestIDUsedAgainLater(t *testing.T) {

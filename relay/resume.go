@@ -223,6 +223,9 @@ func (s *session) explainSchema(ctx context.Context, err error) error {
 		if _, fault := s.table.Inspect(ctx, s.sql); fault != nil {
 			return fault
 		}
+		if fault := s.table.CheckPublication(ctx, s.sql); fault != nil {
+			return fault
+		}
 	}
 	return err
 }
