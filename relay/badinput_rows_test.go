@@ -254,12 +254,14 @@ func TestHaltBeforeAnEventThatTheServerRefuses(t *testing.T) {
 	more := b.insert(2)
 	bad := b.insertRow(`null`, `to_jsonb(repeat('x', 3000))`)
 	after := b.insert(100)
+	forged := b.insertRow(`'{"Nats-Msg-Id": "forged"}'`, `'1'`) // found before the server has answered
 	b.exec(`commit`)
 	requireEnd(t, r, 1, "halted before event "+bad, "JetStream error 10054", "OUTBOX_ON_REJECT=park")
 	b.requireStream(append(ids, more...))
-	b.requireStatus("pending", append(after, bad))
+	b.requireStatus("pending", append(after, bad, forged))
 	b.streaming()
 	b.requireFailed(bad, "takes 2000")
+	b.requireFailed(forged, "Nats-Msg-Id")
 	b.requireStatus("published", append(more, after...))
 	b.requireStream(append(append(ids, more...), after...))
 }

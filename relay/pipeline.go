@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -31,7 +32,8 @@ type pipeline struct {
 	parked  uint64              // index of the last event parked by the reader
 	barrier bool                // it may not be recorded yet: nothing is sent until it is
 	calm    calmer              // about notices
-	halted  error               // why the relay stops before an event
+
+	halted atomic.Pointer[HaltError] // why the relay stops before an event: the reader or the chain finds it
 }
 
 func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, from origin) *pipeline {
@@ -180,8 +182,9 @@ func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
 
 func (p *pipeline) park(index uint64, e *outbox.Event, reason string) error {
 	if p.relay.config.Halt {
-		p.halted = &HaltError{ID: string(e.ID), Reason: reason}
-		return p.halted
+		halted := &HaltError{ID: string(e.ID), Reason: reason}
+		p.halted.Store(halted)
+		return halted
 	}
 	whole := &outbox.Rejected{Reason: reason}
 	e.CopyTo(&whole.Event, nil)

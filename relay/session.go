@@ -298,14 +298,18 @@ func (s *session) run(ctx context.Context, from origin) error {
 	s.log.Info("streaming", "slot", s.table.Slot, "stream", s.stream.Name, "position", cp.Position.String(), "sequence", s.stream.Last)
 	err := s.explainReading(from.reader.Run(reading, p))
 
-	if p.halted != nil || (ctx.Err() != nil && work.Err() == nil) {
+	if p.halted.Load() != nil || (ctx.Err() != nil && work.Err() == nil) {
 		s.relay.state.Store(Stopping)
 		if drained := s.drain(work, p, recorder, from.reader); drained != nil {
 			s.log.Warn("stopped before all was done: the next start takes it up", "reason", drained)
 		}
 	}
 	cancel()
-	return first(p.halted, ended(group.Wait()), ended(err))
+	failed := ended(group.Wait())
+	if halted := p.halted.Load(); halted != nil {
+		return halted
+	}
+	return first(failed, ended(err))
 }
 
 // drain brings what was read to its end, within the grace.
@@ -322,7 +326,7 @@ func (s *session) drain(work context.Context, p *pipeline, recorder *recorder, r
 	if clean != nil {
 		return clean
 	}
-	if p.halted != nil {
+	if p.halted.Load() != nil {
 		return nil // the session is not to be finished: its reader is in the middle of an event
 	}
 	if err := reader.Finish(ctx); err != nil {
