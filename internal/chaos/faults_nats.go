@@ -42,12 +42,7 @@ var brokerFaults = []fault{
 		}
 		return injury{}
 	}},
-	{name: "stream leader steps down", on: broker, fits: clustered, strike: func(s *season) injury {
-		return s.stepDown("STREAM.LEADER.STEPDOWN." + streamName)
-	}},
-	{name: "meta leader steps down", on: broker, fits: clustered, strike: func(s *season) injury {
-		return s.stepDown("META.LEADER.STEPDOWN")
-	}},
+	{name: "stream leader steps down", on: broker, fits: clustered, strike: stepDown},
 }
 
 func (s *season) downNodes(hold time.Duration, end func(*testenv.NATSProcess), nodes ...*testenv.NATSProcess) injury {
@@ -76,12 +71,12 @@ func (s *season) leader() *testenv.NATSProcess {
 	return s.nats[s.random.IntN(len(s.nats))]
 }
 
-func (s *season) stepDown(subject string) injury {
+func stepDown(s *season) injury {
 	s.Helper()
-	s.jetStream("let a leader step down", func(ctx context.Context) error {
-		answer, err := s.nc.RequestWithContext(ctx, "$JS.API."+subject, nil)
+	s.jetStream("let the stream's leader step down", func(ctx context.Context) error {
+		answer, err := s.nc.RequestWithContext(ctx, "$JS.API.STREAM.LEADER.STEPDOWN."+streamName, nil)
 		if err == nil && strings.Contains(string(answer.Data), `"error"`) {
-			return fmt.Errorf("%s: %s", subject, answer.Data)
+			return fmt.Errorf("the server says %s", answer.Data)
 		}
 		return err
 	})

@@ -230,14 +230,17 @@ func (s *season) stream() *jetstream.StreamInfo {
 // insertMarker inserts an event whose arrival tells that all before it arrived.
 func (s *season) insertMarker() (id string) {
 	s.Helper()
-	s.query(func(ctx context.Context, conn *pgx.Conn) error {
-		ids, err := insertEvents(ctx, conn, 1, `{"marker": true}`)
-		if err == nil {
-			id = ids[0]
-		}
+	return s.insert(1)[0]
+}
+
+// insert inserts n events in a transaction of their own.
+func (s *season) insert(n int) (ids []string) {
+	s.Helper()
+	s.query(func(ctx context.Context, conn *pgx.Conn) (err error) {
+		ids, err = insertEvents(ctx, conn, n, `{"marker": true}`)
 		return err
 	})
-	return id
+	return ids
 }
 
 // seat is a place for a relay: a process with proxies of its own.
