@@ -8,7 +8,7 @@ VERSIONS ?= 15 16 17 18
 # The packages whose tests depend on the version of Postgres.
 INTEGRATION = ./checkpoint ./decoder ./migrations ./outbox ./replication ./relay
 
-.PHONY: test test-versions lint bench build demo
+.PHONY: test test-versions chaos lint bench build demo
 
 ## test: all tests with the race detector, in a few minutes
 test:
@@ -19,6 +19,14 @@ test-versions: $(addprefix test-version-,$(VERSIONS))
 
 test-version-%:
 	POSTGRES_VERSION=$* $(GO) test -count=1 -timeout 15m $(INTEGRATION)
+
+## chaos: the promise under faults. CHAOS_SEED repeats a run, CHAOS_RATE sets rows
+## a second, CHAOS_NATS_VERSION (v2.12.0) another nats-server, POSTGRES_VERSION
+## another Postgres, CHAOS_ONLY the kinds of faults whose name has it
+chaos: export CHAOS_EVENTS ?= 1000000
+chaos: export CHAOS_FAULTS ?= 300
+chaos:
+	$(GO) test -count=1 -timeout 0 -v -run '^TestChaos$$' ./internal/chaos
 
 ## lint: go vet and staticcheck
 lint:

@@ -67,7 +67,7 @@ func (s *season) suffer(faults ...fault) {
 // then meets a relay that still has a backlog.
 func (s *season) recover() {
 	s.Helper()
-	if s.random.IntN(3) > 0 {
+	if s.random.IntN(5) > 0 {
 		s.awaitArrival(s.insertMarker(), true)
 		return
 	}

@@ -74,8 +74,11 @@ func (s *season) stopRelays() {
 	worker.terminate()
 }
 
+// terminate stops the relay in order. One that has said nothing yet may not hear
+// signals yet.
 func (st *seat) terminate() {
 	st.season.Helper()
+	st.season.await("the relay to run", func() bool { return st.relay.Logs() != "" })
 	if code := st.relay.Terminate(); code != 0 {
 		st.season.Fatalf("exit code %d after SIGTERM", code)
 	}
