@@ -23,12 +23,13 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 //	CHAOS_SEED          repeats the choices of a run
 //	CHAOS_NATS_VERSION  of nats-server (v2.12.0); default: that of go.mod
 //	CHAOS_ONLY          only kinds of faults whose name has this in it
+//	CHAOS_PLAN          only seasons whose description has this in it
 //
 // Without CHAOS_FAULTS it is a short run without the faults that take long.
 type settings struct {
 	events, faults, rate int
 	seed                 uint64
-	nats, only           string
+	nats, only, plan     string
 	short                bool
 }
 
@@ -41,6 +42,7 @@ func readSettings(t *testing.T) settings {
 		seed:   uint64(number(t, "CHAOS_SEED", rand.IntN(1<<31))),
 		nats:   os.Getenv("CHAOS_NATS_VERSION"),
 		only:   os.Getenv("CHAOS_ONLY"),
+		plan:   os.Getenv("CHAOS_PLAN"),
 		short:  os.Getenv("CHAOS_FAULTS") == "",
 	}
 }
@@ -96,7 +98,10 @@ func TestChaos(t *testing.T) {
 	}
 	r.servers = servers{cluster: testenv.OwnPostgres(t, nil), natsBinary: testenv.NATSBinary(t, r.nats)}
 	random := rand.New(rand.NewPCG(r.seed, 0))
-	plans := allPlans(random)
+	plans := slices.DeleteFunc(allPlans(random), func(p plan) bool { return !strings.Contains(p.String(), r.plan) })
+	if len(plans) == 0 {
+		t.Fatalf("CHAOS_PLAN is %q: no season's description has that", r.plan)
+	}
 	seasons := r.seasons()
 	for i := range seasons {
 		p := plans[i%len(plans)]
