@@ -13,10 +13,11 @@ const patience = time.Minute
 // first, then more rarely.
 func Eventually(tb testing.TB, what string, cond func() bool) {
 	tb.Helper()
-	eventually(tb, patience, what, cond)
+	EventuallyWithin(tb, patience, what, cond)
 }
 
-func eventually(tb testing.TB, limit time.Duration, what string, cond func() bool) {
+// EventuallyWithin is Eventually with a limit of its own.
+func EventuallyWithin(tb testing.TB, limit time.Duration, what string, cond func() bool) {
 	tb.Helper()
 	deadline := time.Now().Add(limit)
 	for pause := 10 * time.Millisecond; !cond(); pause = min(2*pause, 100*time.Millisecond) {

@@ -41,7 +41,7 @@ func TestEventually(t *testing.T) {
 	calls := 0
 	Eventually(t, "the third call", func() bool { calls++; return calls == 3 })
 	said := failure(t, func(tb testing.TB) {
-		eventually(tb, 20*time.Millisecond, "the impossible", func() bool { return false })
+		EventuallyWithin(tb, 20*time.Millisecond, "the impossible", func() bool { return false })
 	})
 	if !strings.Contains(said, "the impossible") {
 		t.Errorf("said %q", said)
