@@ -39,13 +39,14 @@ func TestNATSDownUnderLoad(t *testing.T) {
 	down := b.now()
 	lasted := outage(t)
 	before := b.peakMemory(r)
+	w.await(20_000)
+	w.stop()
 	testenv.EventuallyWithin(t, lasted+time.Minute, "the walsender to hear from the relay all through the outage", func() bool {
 		return b.count(`select count(*) from pg_stat_replication where pid = $1 and reply_time > $2::timestamptz + make_interval(secs => $3)`,
 			walsender, down, lasted.Seconds()) == 1
 	})
 	after := b.peakMemory(r)
 	b.nats.Restart()
-	w.stop()
 	ids := o.committed()
 	b.requireStream(ids)
 	b.requireStatus("published", ids)
