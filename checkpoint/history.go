@@ -19,7 +19,7 @@ func (s *Store) keeping(a Advance) string {
 	}
 	return `, kept as (
 			insert into ` + s.history + ` (slot, commit_lsn, ordinal, confirmed_lsn, stream_sequence, message_id)
-			select * from advanced where not exists (
+			select slot, commit_lsn, ordinal, @confirm::pg_lsn, stream_sequence, message_id from advanced where not exists (
 				select from ` + s.history + ` where slot = @slot and recorded_at > now() - make_interval(secs => @apart::float8))
 		), forgotten as (
 			delete from ` + s.history + ` where slot = @slot and exists (select from advanced)

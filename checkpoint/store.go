@@ -83,11 +83,11 @@ const columns = `format, phase, system_identifier, timeline, commit_lsn::text, o
 // where the row is there already.
 func (s *Store) Create(ctx context.Context, c Checkpoint) error {
 	_, err := s.exec(ctx, "create", `insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
-			commit_lsn, ordinal, confirmed_lsn, stream, stream_created_at, stream_sequence, unrecorded_bound)
-		values (@slot, @format, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0)
+			commit_lsn, ordinal, confirmed_lsn, stream, stream_created_at, stream_sequence, unrecorded_bound, publication_state)
+		values (@slot, @format, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0, nullif(@publication, ''))
 		on conflict (slot) do nothing`,
 		pgx.NamedArgs{"slot": s.slot, "format": Format, "system": c.SystemID, "timeline": c.Timeline,
-			"stream": c.Stream, "created": c.StreamCreated, "sequence": c.Sequence})
+			"stream": c.Stream, "created": c.StreamCreated, "sequence": c.Sequence, "publication": c.Publication})
 	return err
 }
 
@@ -109,12 +109,13 @@ func (s *Store) Claim(ctx context.Context) (Checkpoint, error) {
 }
 
 // Begin records that the relay starts to publish behind the claimed
-// checkpoint: where the slot starts, what the publication looks like, and how
-// many events may from now on be stored without being recorded.
+// checkpoint: where the slot starts, what the publication looks like unless that
+// is known, and how many events may from now on be stored without being recorded.
 func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
 	return s.execClaimed(ctx, "begin", `update `+s.table+` set phase = 'streaming', format = @format,
 			timeline = @timeline, commit_lsn = @commit::pg_lsn, ordinal = @ordinal, confirmed_lsn = @confirmed::pg_lsn,
-			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign, publication_state = @publication,
+			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign,
+			publication_state = coalesce(publication_state, @publication),
 			updated_at = now()
 		where slot = @slot and epoch = @epoch`,
 		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "format": Format, "timeline": c.Timeline,
@@ -163,8 +164,8 @@ func (s *Store) durable(err error) error {
 type Advance struct {
 	Position  Position
 	Sequence  uint64
-	MessageID string // empty: unchanged
-	Confirm   pglogrepl.LSN
+	MessageID string        // empty: unchanged
+	Confirm   pglogrepl.LSN // up to it everything is done; below what was confirmed once, where the checkpoint went back
 	Keep      time.Duration // older checkpoints are kept so long; 0: none is
 }
 
@@ -197,7 +198,7 @@ func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 				message_id = coalesce(nullif(@message::text, ''), message_id),
 				confirmed_lsn = greatest(confirmed_lsn, @confirm::pg_lsn), updated_at = now()
 			where slot = @slot and epoch = @epoch and (commit_lsn, ordinal) <= (@commit::pg_lsn, @ordinal::bigint)
-			returning slot, commit_lsn, ordinal, confirmed_lsn, stream_sequence, message_id)` + s.keeping(a) + e.CTE + ` select (select count(*) from advanced)` + e.Result
+			returning slot, commit_lsn, ordinal, stream_sequence, message_id)` + s.keeping(a) + e.CTE + ` select (select count(*) from advanced)` + e.Result
 	var moved int
 	s.notReplicated = false
 	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&moved}, e.Dest...)...)

@@ -371,7 +371,7 @@ func TestCommitThatIsOnlyLocal(t *testing.T) {
 	b.must(err)
 	var store *checkpoint.Store
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
-		if notice.SeverityUnlocalized == "WARNING" && notice.Code == "01000" {
+		if notice.Routine == "SyncRepWaitForLSN" {
 			store.NotReplicated()
 		}
 	}

@@ -106,6 +106,7 @@ create table if not exists outbox_relay_leftovers
     outcome     text        not null,
     reason      text        null,
     event       jsonb       null,
+    waiting     boolean     not null default true,
     recorded_at timestamptz not null default now(),
     constraint outbox_relay_leftovers_primary_key primary key (slot, id),
     constraint outbox_relay_leftovers_outcome_check check (outcome in ('published', 'failed'))
@@ -118,7 +119,9 @@ comment on column outbox_relay_leftovers.id is
 comment on column outbox_relay_leftovers.reason is
     'why a failed event was rejected';
 comment on column outbox_relay_leftovers.event is
-    'a rejected event whose row is gone, kept whole; null where the row still stands';
+    'a rejected event, kept whole in case its row goes';
+comment on column outbox_relay_leftovers.waiting is
+    'whether the outcome is still to be written to the row; false: the row is gone, and this is what is left of the event';
 -- +goose StatementEnd
 
 -- outbox_relay_publication_state is the fingerprint in the checkpoint: null where

@@ -65,10 +65,15 @@ func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	answer(w, s.relay.State() != relay.Halted, "ok")
 }
 
-// readyz says whether events flow, and names the state otherwise.
+// readyz says whether events flow, and otherwise names the state, or what is in
+// their way.
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
-	state := s.relay.State()
-	answer(w, state == relay.Streaming, string(state))
+	state, trouble := s.relay.State(), s.relay.Trouble()
+	text := string(state)
+	if trouble != "" {
+		text += ": " + trouble
+	}
+	answer(w, state == relay.Streaming && trouble == "", text)
 }
 
 func answer(w http.ResponseWriter, ok bool, text string) {

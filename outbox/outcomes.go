@@ -99,12 +99,12 @@ func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string
 		badfree as materialized (select e.id, bad.reason from %[1]s e join bad on bad.id = e.id where e.status = 'pending'
 			for no key update of e skip locked),
 		parked as (%[2]s returning 1),
-		badlocked as (insert into %[3]s (slot, id, outcome, reason)
-			select @slot, b.id, 'failed', b.reason from bad b join badseen s on s.id = b.id
+		badlocked as (insert into %[3]s (slot, id, outcome, reason, event)
+			select @slot, b.id, 'failed', b.reason, b.event::jsonb from bad b join badseen s on s.id = b.id
 			where s.status = 'pending' and b.id not in (select id from badfree)
 			on conflict (slot, id) do nothing returning 1),
-		orphans as (insert into %[3]s (slot, id, outcome, reason, event)
-			select @slot, b.id, 'failed', b.reason, b.event::jsonb from bad b
+		orphans as (insert into %[3]s (slot, id, outcome, reason, event, waiting)
+			select @slot, b.id, 'failed', b.reason, b.event::jsonb, false from bad b
 			where b.id not in (select id from badseen)
 			on conflict (slot, id) do nothing returning 1)`, t, t.failed("badfree"), t.leftovers())
 	e.Result += `, (select count(*) from parked), (select count(*) from badlocked), (select count(*) from orphans)`
@@ -124,7 +124,7 @@ func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 		Args: pgx.NamedArgs{},
 		CTE: fmt.Sprintf(`,
 		due as materialized (select l.id, l.outcome, l.reason from %[3]s l, advanced
-			where l.slot = @slot and l.event is null order by random() limit 1000),
+			where l.slot = @slot and l.waiting order by random() limit 1000),
 		seen as (select e.id, e.status from %[1]s e join due on due.id = e.id),
 		free as materialized (select e.id, due.outcome, due.reason from %[1]s e join due on due.id = e.id
 			where e.status = 'pending' for no key update of e skip locked),
@@ -132,10 +132,13 @@ func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 		bad as (select id, reason from free where outcome = 'failed'),
 		written as (%[2]s returning 1),
 		parked as (%[4]s returning 1),
+		orphans as (update %[3]s l set waiting = false from due where l.slot = @slot and l.id = due.id
+			and due.outcome = 'failed' and l.id not in (select id from seen) returning 1),
 		settled as (delete from %[3]s l using due where l.slot = @slot and l.id = due.id
 			and l.id not in (select id from seen where status = 'pending' and id not in (select id from free))
+			and (due.outcome = 'published' or l.id in (select id from seen))
 			returning 1)`, t, t.published("sent"), t.leftovers(), t.failed("bad")),
-		Result: fmt.Sprintf(`, (select count(*) from %s where slot = @slot and event is null) - (select count(*) from settled)`, t.leftovers()),
+		Result: fmt.Sprintf(`, (select count(*) from %s where slot = @slot and waiting) - (select count(*) from settled) - (select count(*) from orphans)`, t.leftovers()),
 		Dest:   []any{waiting},
 	}
 }

@@ -83,7 +83,7 @@ func (b *bundle) requireStatus(id, want string) {
 // leftovers lists what waits: outcome, reason, whether the event is kept whole.
 func (b *bundle) leftovers() string {
 	b.Helper()
-	return get[string](b, `select coalesce(string_agg(concat_ws(' ', outcome, reason, case when event is not null then 'whole' end), ', ' order by outcome, reason), '')
+	return get[string](b, `select coalesce(string_agg(concat_ws(' ', outcome, reason, case when not waiting then 'whole' end), ', ' order by outcome, reason), '')
 		from outbox_relay_leftovers where slot = 'slot'`)
 }
 
@@ -129,6 +129,35 @@ func TestOutcomesInMarkMode(t *testing.T) {
 	b.requireStatus(ids[5], "failed failed_at 1 {locked}")
 	if got := b.leftovers(); got != "failed kept whole" {
 		t.Errorf("leftovers %s", got)
+	}
+}
+
+// A parked event whose row the application is about to delete is kept when that
+// commits.
+func TestParkedWhileTheRowIsBeingDeleted(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	s := b.claimed()
+	ids := b.insert(2)
+	deleting := b.connect()
+	_, err := deleting.Exec(t.Context(), `begin`)
+	b.must(err)
+	_, err = deleting.Exec(t.Context(), `delete from events`)
+	b.must(err)
+	got := b.record(s, parked(ids[0], "too big"), stored(ids[1]))
+	requireCounts(t, got, outbox.Recorded{FailedLocked: 1, PublishedLocked: 1}, 0)
+	_, err = deleting.Exec(t.Context(), `commit`)
+	b.must(err)
+	var waiting int
+	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	if waiting != 0 {
+		t.Errorf("%d wait, want none", waiting)
+	}
+	if got := b.leftovers(); got != "failed too big whole" {
+		t.Errorf("leftovers %s", got)
+	}
+	if id := get[string](b, `select event ->> 'id' from outbox_relay_leftovers`); id != ids[0] {
+		t.Errorf("event %s is kept, want %s", id, ids[0])
 	}
 }
 

@@ -1,6 +1,7 @@
 package relay_test
 
 import (
+	"errors"
 	"testing"
 	"time"
 
@@ -138,28 +139,6 @@ func TestSubjectsTakenAwayWhileRunning(t *testing.T) {
 	b.requireStream(append(ids, missed...))
 }
 
-// A full stream that refuses new messages is waited for.
-func TestStreamIsFull(t *testing.T) {
-	t.Parallel()
-	b := setup(t)
-	config := jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*"}, Discard: jetstream.DiscardNew, MaxMsgs: 5}
-	b.makeStream(config)
-	r := b.streaming()
-	ids := b.insert(8)
-	b.requireStatus("published", ids[:5])
-	r.WaitLog("maximum messages exceeded")
-	b.requireStatus("pending", ids[5:])
-	if !r.Running() {
-		t.Fatal("the relay has ended")
-	}
-	config.MaxMsgs = 100
-	_, err := b.js.UpdateStream(t.Context(), config)
-	b.must(err)
-	b.requireStatus("published", ids)
-	b.requireStream(ids)
-	requireLeaves(t, r)
-}
-
 // Messages of others in the stream are passed over with a warning that says what
 // to do; the events stay in their order.
 func TestForeignMessageIsNamed(t *testing.T) {
@@ -178,4 +157,20 @@ func TestForeignMessageIsNamed(t *testing.T) {
 		return b.count(`select count(*) from outbox_relay_checkpoints where foreign_seen`) == 1
 	})
 	requireLeaves(t, r)
+}
+
+// A stream that the checkpoint knows is not made anew: what it held is lost, or
+// stands elsewhere.
+func TestStreamIsGone(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := b.streaming()
+	b.requireStatus("published", b.insert(3))
+	b.must(b.js.DeleteStream(t.Context(), "EVENTS"))
+	b.insert(1)
+	requireEnd(t, r, 1, "stream EVENTS does not exist", "the checkpoint knows it", "OUTBOX_NATS_URL", "DELETE FROM")
+	requireEnd(t, b.start(), 1, "stream EVENTS does not exist", "the checkpoint knows it")
+	if _, err := b.js.Stream(t.Context(), "EVENTS"); !errors.Is(err, jetstream.ErrStreamNotFound) {
+		t.Fatalf("the stream was made anew: %v", err)
+	}
 }

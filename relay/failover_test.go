@@ -172,7 +172,12 @@ func TestFailoverThatLosesTransactions(t *testing.T) {
 	p.promote()
 	late := p.insert(30)
 	p.requireStatus("published", late)
-	p.requireStream(append(append(ids, phantoms...), late...))
+	messages := p.requireStream(append(append(ids, phantoms...), late...))
+	for i, m := range messages {
+		if at, new := m.Header.Get("Outbox-Position"), i >= len(ids)+len(phantoms); strings.HasPrefix(at, "2/") != new {
+			t.Fatalf("message %d has position %s", i+1, at)
+		}
+	}
 	r.WaitLog("transactions are lost")
 	for _, id := range phantoms {
 		if !strings.Contains(r.Logs(), id) {

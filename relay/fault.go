@@ -39,7 +39,7 @@ func passes(err error) bool {
 		return passesInPostgres(pgErr.Code)
 	}
 	for _, passing := range []error{
-		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrEnded,
+		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrEnded, errSlotFree,
 		sink.ErrForgotten, sink.ErrStrangers, errRecovery, errTwoServers,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded, context.DeadlineExceeded,
 		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionReconnecting,

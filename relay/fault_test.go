@@ -515,3 +515,18 @@ func TestTakeOver(t *testing.T) {
 	b.requireStream(ids)
 	b.requireStatus("published", ids)
 }
+
+// Triggers of the application raise warnings of the SQLSTATE that tells of a
+// commit which was not replicated.
+func TestWarningsOfTriggers(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.exec(`create function warn() returns trigger language plpgsql as $$ begin raise warning 'careful'; return new; end $$`)
+	b.exec(`create trigger warn before update on events for each row execute function warn()`)
+	r := b.streaming()
+	b.requireStatus("published", b.insert(5))
+	b.requireStatus("published", b.insert(5))
+	if strings.Contains(r.Logs(), "waiting to start again") {
+		t.Fatalf("a session was lost:\n%s", r.Logs())
+	}
+}

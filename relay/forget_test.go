@@ -3,7 +3,9 @@ package relay_test
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
+	"time"
 
 	"outbox-relay/internal/testenv"
 )
@@ -64,6 +66,38 @@ func TestBrokerForgetsWhatTheSlotStillHas(t *testing.T) {
 			requireLeaves(f.bundle, r)
 		})
 	}
+}
+
+// Having gone back, the relay confirms again only what is stored again: what was
+// confirmed once says nothing now.
+func TestGoneBackAndInterrupted(t *testing.T) {
+	t.Parallel()
+	f := &forgetful{bundle: setup(t)}
+	proxy := testenv.NewProxy(t, strings.TrimPrefix(f.nats.URL(), "nats://"))
+	changes := []string{noWindow, "CONFIRM_DELAY=3s", "NATS_URL=nats://" + proxy.Addr(), "MAX_INFLIGHT=4"}
+	r := f.streaming(changes...)
+	ids := f.insert(20)
+	f.requireRecorded(ids)
+	f.save()
+	ids = append(ids, f.insert(500)...)
+	f.requireRecorded(ids)
+	proxy.Delay(25 * time.Millisecond)
+	f.cutPower()
+	ids = append(ids, f.insert(1)...)
+	testenv.Eventually(t, "some events sent again", func() bool {
+		return f.count(`select count(*) from outbox_relay_checkpoints where stream_sequence between 22 and 400`) == 1
+	})
+	f.nats.Stop()
+	down := f.now()
+	testenv.Eventually(t, "the delay to be over", func() bool {
+		return f.count(`select count(*) from pg_stat_replication, pg_replication_slots where pid = active_pid and slot_name = $1
+			and reply_time > $2::timestamptz + interval '5 s'`, f.slot(), down) == 1
+	})
+	r.Kill()
+	f.nats.Restart()
+	proxy.Delay(0)
+	f.start(changes...)
+	f.requireStream(ids)
 }
 
 // requireRecorded waits until the checkpoint stands on the last of the events.

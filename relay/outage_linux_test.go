@@ -1,10 +1,16 @@
 package relay_test
 
 import (
+	"fmt"
+	"io"
+	"net/http"
 	"os"
 	"regexp"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/testenv"
 )
@@ -75,4 +81,53 @@ func (b *bundle) now() (t time.Time) {
 	b.Helper()
 	b.must(b.sql.QueryRow(b.Context(), `select clock_timestamp()`).Scan(&t))
 	return t
+}
+
+// A stream that is full takes nothing for as long as it is. It is asked more and
+// more rarely, and told of once; the probe for readiness says so.
+func TestStreamFull(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	config := jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.>"}, MaxMsgs: 10, Discard: jetstream.DiscardNew}
+	_, err := b.js.CreateStream(t.Context(), config)
+	b.must(err)
+	address := fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t))
+	r := b.streaming("HTTP_ADDR=" + address)
+	b.requireReady(address, http.StatusOK, "streaming")
+	ids := b.insert(3000)
+	b.requireReady(address, http.StatusServiceUnavailable, "publishing to the stream is interrupted")
+	asked := func() int64 {
+		v, err := b.nats.Server().Varz(nil)
+		b.must(err)
+		return v.InMsgs
+	}
+	from, since := asked(), b.now()
+	testenv.Eventually(t, "some seconds", func() bool { return b.now().Sub(since) > 5*time.Second })
+	if n := asked() - from; n > 10*3000 {
+		t.Errorf("%d messages were sent to a stream that is full", n)
+	}
+	config.MaxMsgs = -1
+	_, err = b.js.UpdateStream(t.Context(), config)
+	b.must(err)
+	b.requireStream(ids)
+	b.requireReady(address, http.StatusOK, "streaming")
+	for _, said := range []string{"publishing is interrupted", "publishing goes on"} {
+		if n := strings.Count(r.Logs(), said); n != 1 {
+			t.Errorf("the log has %d times %q", n, said)
+		}
+	}
+}
+
+// requireReady waits until /readyz answers so.
+func (b *bundle) requireReady(address string, code int, text string) {
+	b.Helper()
+	testenv.Eventually(b, "readiness "+text, func() bool {
+		answer, err := http.Get("http://" + address + "/readyz")
+		if err != nil {
+			return false
+		}
+		defer answer.Body.Close()
+		body, err := io.ReadAll(answer.Body)
+		return err == nil && answer.StatusCode == code && strings.Contains(string(body), text)
+	})
 }

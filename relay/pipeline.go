@@ -28,6 +28,7 @@ type pipeline struct {
 
 	after   checkpoint.Position // the checkpoint: events up to it are done
 	found   sink.Found          // which of the next events stand in the stream
+	blurred int                 // the first of them that was overtaken; -1: none
 	judged  int                 // how many of these have passed
 	parked  uint64              // index of the last event parked by the reader
 	barrier bool                // it may not be recorded yet: nothing is sent until it is
@@ -42,9 +43,11 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 		decoder: decoder.New(s.layout.OID, s.table.Columns),
 		after:   from.checkpoint.Position,
 		found:   from.found,
+		blurred: from.found.Overtaken(),
 	}
-	p.chain = s.relay.client.NewChain(s.stream, from.checkpoint.Foreign, from.heritage, p)
+	p.chain = s.relay.client.NewChain(sink.Origin{Stream: s.stream, Message: s.message, Foreign: from.checkpoint.Foreign, Heritage: from.heritage}, p)
 	recorder.inflight = p.chain.InFlight
+	s.relay.chain.Store(p.chain)
 	return p
 }
 
@@ -134,8 +137,7 @@ func (p *pipeline) known(index uint64) bool {
 	if !stored {
 		return false
 	}
-	overtaken := p.found.Overtaken()
-	p.tracker.Stored(index, sequence, overtaken < 0 || i < overtaken || i == p.found.Proved-1)
+	p.tracker.Stored(index, sequence, p.blurred < 0 || i < p.blurred || i == p.found.Proved-1)
 	p.relay.metrics.alreadyStored.Inc()
 	return true
 }

@@ -172,12 +172,14 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 	full, err = r.round(ctx)
 	switch {
 	case err == nil:
+		r.relay.refused.Store(false)
 		return full, nil
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
 	case r.sql.IsClosed() || !passes(err) || errors.Is(err, checkpoint.ErrSuperseded) || errors.Is(err, checkpoint.ErrNotReplicated):
 		return false, r.explainSchema(ctx, err)
 	}
+	r.relay.refused.Store(true)
 	if r.calm.news(err) {
 		r.log.Warn("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
 	}
@@ -268,7 +270,7 @@ func (r *recorder) worthConfirming(b checkpoint.Batch) bool {
 
 // record makes the batch durable.
 func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
-	advance := checkpoint.Advance{Position: r.position, Sequence: b.Sequence, MessageID: string(b.Last), Confirm: max(b.Safe, r.confirm),
+	advance := checkpoint.Advance{Position: r.position, Sequence: b.Sequence, MessageID: string(b.Last), Confirm: b.Safe,
 		Keep: r.relay.config.ConfirmDelay}
 	if len(b.Items) > 0 {
 		advance.Position = b.Position
@@ -281,9 +283,9 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	if err := r.store.Advance(ctx, advance, effects); err != nil {
 		return err
 	}
-	r.position, r.sequence, r.confirm = advance.Position, advance.Sequence, advance.Confirm
+	r.position, r.sequence, r.confirm = advance.Position, advance.Sequence, max(r.confirm, b.Safe)
 	r.tracker.Recorded(b)
-	r.pending = append(r.pending, confirmation{lsn: advance.Confirm, due: time.Now().Add(r.relay.config.ConfirmDelay)})
+	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
 	r.lastWrite, r.ownEnd = time.Now(), 0
 	r.tell(recorded, len(b.Items))
 	return nil

@@ -21,8 +21,7 @@ type Config struct {
 	Postgres func() (string, error) // the URL; asked again for each connection
 	Table    outbox.Table
 	Sink     func(replication.System) sink.Config // told who Postgres is
-	Stream   string
-	Halt     bool // before an event that can never be stored, instead of parking it
+	Halt     bool                                 // before an event that can never be stored, instead of parking it
 	// ConfirmDelay holds the slot back behind the checkpoint, so that what the
 	// broker forgets can be read again.
 	ConfirmDelay time.Duration
@@ -53,6 +52,8 @@ type Relay struct {
 	state    atomic.Value // State
 	streamed bool         // a session has streamed: what is wrong now was right before
 	client   *sink.Client
+	chain    atomic.Pointer[sink.Chain] // the last one
+	refused  atomic.Bool                // Postgres refuses to record outcomes
 }
 
 // New returns a relay; nothing runs before Run.
@@ -65,6 +66,21 @@ func New(config Config, log *slog.Logger, metrics *Metrics) *Relay {
 
 // State returns where the relay stands. Safe for concurrent use.
 func (r *Relay) State() State { return r.state.Load().(State) }
+
+// Trouble says why a relay that streams gets nowhere at present; empty: it does,
+// or does not stream. Safe for concurrent use.
+func (r *Relay) Trouble() string {
+	chain := r.chain.Load()
+	switch {
+	case r.State() != Streaming || chain == nil:
+		return ""
+	case chain.Interrupted():
+		return "publishing to the stream is interrupted"
+	case r.refused.Load():
+		return "Postgres refuses to record outcomes"
+	}
+	return ""
+}
 
 // Run relays until ctx ends, which is a clean stop (nil): what was read is
 // published, recorded and confirmed within the grace. It waits for whatever can
@@ -92,6 +108,9 @@ func (r *Relay) Run(ctx context.Context) error {
 		if time.Since(began) > time.Minute || errors.Is(err, sink.ErrStrangers) {
 			attempt = 0
 		}
+		if errors.Is(err, errSlotFree) {
+			continue
+		}
 		r.enter(err, &calm)
 		if pause(ctx, retryDelay(err, attempt)) != nil {
 			return nil
@@ -102,14 +121,19 @@ func (r *Relay) Run(ctx context.Context) error {
 // enter says, once for each new reason, why the relay waits.
 func (r *Relay) enter(err error, calm *calmer) {
 	if errors.Is(err, replication.ErrSlotInUse) {
-		if r.state.Swap(Standby) != Standby {
-			r.log.Info("standing by: another relay has the slot", "slot", r.config.Table.Slot)
-		}
+		r.standBy()
 		return
 	}
 	r.state.Store(Starting)
 	if calm.news(err) {
 		r.log.Warn("waiting to start again", "error", err)
+	}
+}
+
+// standBy says, once, that another relay has the slot.
+func (r *Relay) standBy() {
+	if r.state.Swap(Standby) != Standby {
+		r.log.Info("standing by: another relay has the slot", "slot", r.config.Table.Slot)
 	}
 }
 
@@ -142,7 +166,7 @@ func isFatal(err error) bool {
 // asked for at an even pace, so that a successor takes over within a second.
 func retryDelay(err error, attempt int) time.Duration {
 	if errors.Is(err, replication.ErrSlotInUse) {
-		return 500 * time.Millisecond
+		return standbyPause
 	}
 	return time.Duration(float64(sink.Backoff(attempt)) * (0.5 + rand.Float64()/2))
 }

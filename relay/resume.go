@@ -60,8 +60,12 @@ func (s *session) createSlot(ctx context.Context) error {
 	if pending {
 		s.log.Warn("the table has pending rows from before the slot: they are not published, and stay pending", "table", s.table.String())
 	}
+	state, err := s.table.State(ctx, s.sql)
+	if err != nil {
+		return err
+	}
 	err = s.store.Create(ctx, checkpoint.Checkpoint{SystemID: s.system.ID, Timeline: s.system.Timeline,
-		Stream: s.stream.Name, StreamCreated: s.stream.Created, Sequence: s.stream.Last})
+		Stream: s.stream.Name, StreamCreated: s.stream.Created, Sequence: s.stream.Last, Publication: state.Publication})
 	if err != nil {
 		return err
 	}
@@ -109,11 +113,8 @@ func (s *session) tellWaiting(ctx context.Context) {
 // follow the checkpoint in the stream with the events that follow it in the
 // slot, then records that publishing begins behind them.
 func (s *session) resume(ctx context.Context) (origin, error) {
-	state, err := s.table.State(ctx, s.sql)
-	if err != nil {
-		return origin{}, err
-	}
 	var from origin
+	var err error
 	if from.reader, from.checkpoint, err = s.start(ctx); err != nil {
 		return from, err
 	}
@@ -147,8 +148,12 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 			return from, err
 		}
 	}
-	cp.Timeline, cp.Bound, cp.Publication = s.system.Timeline, unrecordedBound, state.Publication
+	cp.Timeline, cp.Bound = s.system.Timeline, unrecordedBound
+	if cp.Publication == "" { // accepted as it is
+		cp.Publication = now.Publication
+	}
 	cp.Confirmed = max(cp.Confirmed, from.reader.Confirmed())
+	s.known = true
 	return from, s.store.Begin(ctx, *cp)
 }
 

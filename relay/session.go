@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,10 +34,12 @@ type session struct {
 	layout outbox.Layout
 	config *pgconn.Config
 
-	system replication.System
-	left   pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
-	conn   *replication.Conn
-	stream sink.Stream
+	system  replication.System
+	left    pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
+	conn    *replication.Conn
+	stream  sink.Stream
+	message sink.MessageConfig
+	known   bool // the checkpoint knows the stream: one that is gone is not ours to replace
 }
 
 // session opens a session and runs it.
@@ -80,12 +83,20 @@ func (s *session) connect(ctx context.Context) error {
 	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
 		return err
 	}
+	if err := s.awaitSlot(ctx); err != nil {
+		return err
+	}
 	if err := s.connectReplication(ctx); err != nil {
 		return err
 	}
 	if err := s.checkSlot(ctx); err != nil {
 		return err
 	}
+	cp, err := s.store.Read(ctx)
+	if err != nil && !errors.Is(err, checkpoint.ErrNone) {
+		return err
+	}
+	s.known = err == nil && cp.Phase == checkpoint.Streaming
 	return s.connectStream(ctx)
 }
 
@@ -102,6 +113,34 @@ func (s *session) checkSlot(ctx context.Context) error {
 	return slot.Check(s.system.Database)
 }
 
+// awaitSlot waits while another relay has the slot, on the connection that
+// stands: a standby costs one query every half second. What was looked at before
+// the wait may have changed since, so the session then begins anew.
+func (s *session) awaitSlot(ctx context.Context) error {
+	for waited := false; ; waited = true {
+		slot, err := replication.ReadSlot(ctx, s.sql, s.table.Slot)
+		switch {
+		case err != nil && !errors.Is(err, replication.ErrNoSlot):
+			return err
+		case err == nil && slot.Active:
+			s.relay.standBy()
+		case waited:
+			return errSlotFree
+		default:
+			return nil
+		}
+		if err := pause(ctx, standbyPause); err != nil {
+			return err
+		}
+	}
+}
+
+// errSlotFree says that the relay which had the slot has left it.
+var errSlotFree = errors.New("the slot is free")
+
+// standbyPause is how often a standby looks whether the slot is free.
+const standbyPause = 500 * time.Millisecond
+
 func (s *session) connectSQL(ctx context.Context) error {
 	url, err := s.relay.config.Postgres()
 	if err != nil {
@@ -113,19 +152,24 @@ func (s *session) connectSQL(ctx context.Context) error {
 	}
 	s.config = config.Config.Copy()
 	for name, value := range map[string]string{
-		"application_name":    "outbox-relay recorder",
-		"synchronous_commit":  "on",
-		"TimeZone":            "UTC",
-		"DateStyle":           "ISO, MDY",
-		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+		"application_name":              "outbox-relay recorder",
+		"lock_timeout":                  "0",
+		"statement_timeout":             "0",
+		"idle_session_timeout":          "0",
+		"default_transaction_isolation": "read committed",
+		"synchronous_commit":            "on",
+		"TimeZone":                      "UTC",
+		"DateStyle":                     "ISO, MDY",
+		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
 	} {
 		config.RuntimeParams[name] = value
 	}
-	config.DialFunc = replication.Dial
+	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		// "The transaction has already committed locally, but might not have
-		// been replicated to the standby." (syncrep.c)
-		if notice.SeverityUnlocalized == "WARNING" && notice.Code == "01000" && s.store != nil {
+		// been replicated to the standby." (syncrep.c) Triggers raise warnings
+		// of the same SQLSTATE, and texts are translated.
+		if notice.Routine == "SyncRepWaitForLSN" && s.store != nil {
 			s.store.NotReplicated()
 		}
 	}
@@ -205,6 +249,8 @@ func (s *session) checkSameServer(ctx context.Context) error {
 // stream.
 func (s *session) connectStream(ctx context.Context) error {
 	config := s.relay.config.Sink(s.system)
+	config.Stream.Create = config.Stream.Create && !s.known
+	s.message = config.Message
 	if s.relay.client == nil {
 		client, err := sink.Connect(ctx, config, s.log)
 		if err != nil {
@@ -214,7 +260,18 @@ func (s *session) connectStream(ctx context.Context) error {
 	}
 	var err error
 	s.stream, err = s.relay.client.OpenStream(ctx, config.Stream)
-	return err
+	return s.explainStream(err)
+}
+
+// explainStream adds what to do about a stream that is not there.
+func (s *session) explainStream(err error) error {
+	switch {
+	case !errors.Is(err, sink.ErrNoStream):
+		return err
+	case s.known:
+		return fmt.Errorf("%w: the checkpoint knows it: it was deleted, or OUTBOX_NATS_URL or OUTBOX_NATS_DOMAIN lead elsewhere: restore it, or %s", err, s.startAnew())
+	}
+	return fmt.Errorf("%w: create it, or set OUTBOX_STREAM_CREATE=true", err)
 }
 
 // start begins to stream, and claims the checkpoint: only who holds the slot
@@ -227,6 +284,9 @@ func (s *session) start(ctx context.Context) (*replication.Session, checkpoint.C
 	if err := slot.Check(s.system.Database); err != nil {
 		return nil, checkpoint.Checkpoint{}, err
 	}
+	if slot.Confirmed == 0 { // it is being created
+		return nil, checkpoint.Checkpoint{}, replication.ErrSlotInUse
+	}
 	reader, err := s.conn.Start(ctx, s.table.Slot, s.table.Publication, slot.Confirmed)
 	if err != nil {
 		return nil, checkpoint.Checkpoint{}, err
@@ -235,8 +295,12 @@ func (s *session) start(ctx context.Context) (*replication.Session, checkpoint.C
 	if err != nil {
 		return nil, cp, err
 	}
-	// Now nobody else moves the slot.
+	// Now nobody else moves the slot, and the stream holds what the checkpoint
+	// was claimed with.
 	if slot, err = replication.ReadSlot(ctx, s.sql, s.table.Slot); err != nil {
+		return nil, cp, err
+	}
+	if err := s.connectStream(ctx); err != nil {
 		return nil, cp, err
 	}
 	reader.Confirm(slot.Confirmed)
@@ -309,7 +373,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	if halted := p.halted.Load(); halted != nil {
 		return halted
 	}
-	return first(failed, ended(err))
+	return s.explainStream(first(failed, ended(err)))
 }
 
 // drain brings what was read to its end, within the grace.

@@ -32,3 +32,30 @@ func TestSlotWaitsForAnOpenTransaction(t *testing.T) {
 	b.requireStream(ids)
 	b.requireStatus("pending", early) // from before the slot
 }
+
+// The first start of two relays at once, and a start after kill -9 while the slot
+// is being created, which its old walsender goes on with: both stand by.
+func TestSlotIsBeingCreatedByAnother(t *testing.T) {
+	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
+	application := b.connect()
+	tx, err := application.Begin(t.Context())
+	b.must(err)
+	_, err = tx.Exec(t.Context(), `create table other ()`)
+	b.must(err)
+	first := b.start()
+	testenv.Eventually(t, "the slot to be created", func() bool { return b.count(`select count(*) from pg_replication_slots`) == 1 })
+	second := b.start()
+	second.WaitLog("standing by")
+	first.Kill()
+	third := b.start()
+	third.WaitLog("standing by")
+	b.must(tx.Commit(context.Background()))
+	testenv.Eventually(t, "a relay that streams", func() bool {
+		return b.count(`select count(*) from outbox_relay_checkpoints where phase = 'streaming'`) == 1
+	})
+	ids := b.insert(3)
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	requireLeaves(b, second)
+	requireLeaves(b, third)
+}

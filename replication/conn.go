@@ -3,6 +3,7 @@
 package replication
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,7 +27,6 @@ const senderTimeout = 10 * time.Second
 // Source: src/backend/utils/errcodes.txt.
 const (
 	objectInUse         = "55006" // the slot is another relay's
-	undefinedObject     = "42704"
 	duplicateObject     = "42710"
 	configurationLimits = "53400" // all replication slots are in use
 	insufficientRights  = "42501"
@@ -56,12 +56,13 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 		"IntervalStyle":       "postgres",
 		"extra_float_digits":  "1",
 		"statement_timeout":   "0",
+		"lock_timeout":        "0",
 		"wal_sender_timeout":  fmt.Sprint(senderTimeout.Milliseconds()),
 		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
 	} {
 		config.RuntimeParams[name] = value
 	}
-	config.DialFunc = Dial
+	config.DialFunc, config.ConnectTimeout = Dial, cmp.Or(config.ConnectTimeout, ConnectTimeout)
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 		c.r = newPacedReader(r)
 		return pgproto3.NewFrontend(c.r, w)
@@ -74,11 +75,17 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	return c, nil
 }
 
-// Dial notices within about ten seconds that the other side is gone, also
-// where nothing is sent.
+// ConnectTimeout bounds connecting to one host where the URL does not: a server
+// that accepts and then says nothing is passed over.
+const ConnectTimeout = 10 * time.Second
+
+// Dial notices within about ten seconds that the other side is gone: by
+// keepalives where nothing is sent, and where something is under way, when no
+// keepalive goes out, by the limit to which it may be unacknowledged (Linux).
 func Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	dialer := net.Dialer{
 		Timeout:         10 * time.Second,
+		Control:         limitUnacknowledged,
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
 	}
 	return dialer.DialContext(ctx, network, address)
@@ -144,6 +151,8 @@ func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (pglo
 	rows := c.pg.Exec(ctx, fmt.Sprintf(`CREATE_REPLICATION_SLOT %s LOGICAL pgoutput (%s)`, quote(slot), options))
 	created, err := pglogrepl.ParseCreateReplicationSlot(rows)
 	switch {
+	case hasCode(err, duplicateObject): // another relay is creating it, or has
+		return 0, fmt.Errorf("create slot %s: %w: %w", slot, ErrSlotInUse, err)
 	case hasCode(err, configurationLimits):
 		return 0, fmt.Errorf("create slot %s: all replication slots are in use: raise max_replication_slots, or drop a slot that nobody needs: %w", slot, err)
 	case hasCode(err, insufficientRights):

@@ -82,7 +82,8 @@ type Chain struct {
 	quiet      time.Time // when something was last sent, answered or reconnected
 	heard      time.Time // when something was last answered
 	foreign    bool      // messages of others were seen
-	probing    bool      // the event in the window is alone until it is answered
+	outage     outage
+	probing    bool // the event in the window is alone until it is answered
 	broken     error
 	trouble    chan struct{}
 }
@@ -121,25 +122,31 @@ type Heritage struct {
 // copies landed three seconds later.
 const lateWait = 30 * time.Second
 
-// NewChain returns a chain whose first message must follow the stream's last
-// one. foreign says that messages of others were ever seen in the stream. What
-// an earlier chain has not written yet is dropped: it must not land behind the
+// Origin is where a chain begins.
+type Origin struct {
+	Stream   Stream // the first message must follow its last one
+	Message  MessageConfig
+	Foreign  bool // messages of others were ever seen in the stream
+	Heritage Heritage
+}
+
+// NewChain returns a chain. What an earlier chain has not written yet is dropped: it must not land behind the
 // messages that were read from the stream since.
-func (c *Client) NewChain(stream Stream, foreign bool, heritage Heritage, outcomes Outcomes) *Chain {
+func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 	ch := &Chain{
-		client: c, log: c.log, stream: stream, outcomes: outcomes,
+		client: c, log: c.log, stream: from.Stream, outcomes: outcomes,
 		limit:   int(c.nc.MaxPayload()),
 		inbox:   c.config.InboxPrefix + "." + nuid.Next() + ".",
 		sending: make(chan struct{}, 1),
-		builder: newBuilder(c.config.Message),
+		builder: newBuilder(from.Message),
 		ring:    make([]entry, 64),
-		last:    stream.Last, next: stream.Last,
-		foreign: foreign, heritage: heritage, began: time.Now(),
+		last:    from.Stream.Last, next: from.Stream.Last,
+		foreign: from.Foreign, heritage: from.Heritage, began: time.Now(),
 		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
 	}
-	if stream.MaxMsgSize >= 0 {
-		ch.limit = min(ch.limit, stream.MaxMsgSize)
+	if from.Stream.MaxMsgSize >= 0 {
+		ch.limit = min(ch.limit, from.Stream.MaxMsgSize)
 	}
 	ch.changed.L = &ch.mu
 	c.wire.discard()
@@ -260,6 +267,13 @@ func (ch *Chain) Broken() error {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	return ch.broken
+}
+
+// Interrupted reports whether events wait that can't be stored at present.
+func (ch *Chain) Interrupted() bool {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	return !ch.outage.began.IsZero()
 }
 
 // room waits until an event of that size fits into the window. One event always
@@ -407,6 +421,7 @@ func (ch *Chain) pop() {
 			return
 		}
 		ch.last = max(ch.last, en.sequence)
+		ch.goOn()
 		ch.outcomes.Stored(en.index, en.sequence, !en.blurred, &en.event, en.sent)
 		ch.release(en)
 	}

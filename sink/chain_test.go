@@ -27,7 +27,7 @@ func runChain(t *testing.T, c *Client, heritage Heritage) (chain *Chain, stop fu
 	if err != nil {
 		t.Fatal(err)
 	}
-	chain = c.NewChain(stream, false, heritage, indifferent{})
+	chain = c.NewChain(Origin{Stream: stream, Message: c.config.Message, Heritage: heritage}, indifferent{})
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
 	go func() { ended <- chain.Run(ctx) }()

@@ -41,6 +41,7 @@ type Client struct {
 	log    *slog.Logger
 	auth   []nats.Option
 	wire   *wire
+	end    context.CancelFunc // of the life of the wire
 	nc     *nats.Conn
 	js     jetstream.JetStream
 	api    string // prefix of the JetStream API
@@ -53,16 +54,20 @@ type Client struct {
 // Connect connects, waiting and retrying until ctx ends. A server that refuses
 // the credentials is an error at once, and one that is too old.
 func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, error) {
-	c := &Client{config: config, log: log, wire: newWire(config.Servers, config.TLS)}
+	life, end := context.WithCancel(context.WithoutCancel(ctx)) // ends with ctx now, and with Close later
+	defer context.AfterFunc(ctx, end)()
+	c := &Client{config: config, log: log, wire: newWire(life, config.Servers, config.TLS), end: end}
 	var err error
 	if c.auth, err = config.Auth.options(); err != nil {
+		end()
 		return nil, err
 	}
 	if err := c.dial(ctx); err != nil {
+		end()
 		return nil, err
 	}
 	if err := c.checkServer(); err != nil {
-		c.nc.Close()
+		c.Close()
 		return nil, err
 	}
 	c.api = "$JS.API."
@@ -73,7 +78,7 @@ func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, err
 		c.js, err = jetstream.New(c.nc)
 	}
 	if err != nil {
-		c.nc.Close()
+		c.Close()
 		return nil, fmt.Errorf("set up JetStream: %w", err)
 	}
 	return c, nil
@@ -207,7 +212,10 @@ func (c *Client) Connected() bool { return c.nc.IsConnected() }
 func (c *Client) Reconnects() uint64 { return c.reconnects.Load() }
 
 // Close closes the connection.
-func (c *Client) Close() { c.nc.Close() }
+func (c *Client) Close() {
+	c.nc.Close()
+	c.end()
+}
 
 // Backoff is the pause before attempt n (from 0) of what can pass: 100 ms,
 // doubling up to 5 s.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"time"
 
 	"github.com/nats-io/nats.go"
@@ -25,28 +26,97 @@ func (ch *Chain) resync(ctx context.Context) error {
 	defer func() { <-ch.sending }()
 	why := ch.Broken()
 	ch.outcomes.Resync(why)
-	ch.log.Warn("publishing is interrupted", "error", why)
-	r := resyncer{Chain: ch, began: time.Now(), said: time.Now()}
-	for attempt := 0; ; attempt++ {
+	attempt := ch.interrupt(why)
+	r := resyncer{Chain: ch}
+	for ; ; attempt++ {
+		if attempt > 0 {
+			if err := pause(ctx, jitter(Backoff(attempt-1))); err != nil {
+				return err
+			}
+		}
 		done, err := r.try(ctx)
 		switch {
 		case done:
-			events, _ := ch.InFlight()
-			ch.log.Info("publishing goes on", "after", time.Since(r.began).Round(time.Millisecond), "sent_again", events)
+			ch.sentAgain(attempt + 1)
 			return nil
 		case ctx.Err() != nil:
 			return context.Cause(ctx)
 		case final(err):
 			return err
-		case err != nil && time.Since(r.said) > time.Minute:
-			ch.log.Warn("publishing is still interrupted", "since", time.Since(r.began).Round(time.Second), "error", err)
-			r.said = time.Now()
-		}
-		if err := pause(ctx, Backoff(attempt)); err != nil {
-			return err
+		case err != nil:
+			ch.tellInterrupted(err)
 		}
 	}
 }
+
+// outage is a time in which nothing is stored: it can take many resyncs, where
+// the stream refuses what each of them sends again.
+type outage struct {
+	began    time.Time // zero: there is none
+	said     time.Time // when it was last told
+	attempts int
+}
+
+// interrupt begins an outage, or goes on with it, and returns how many attempts
+// were made to end it.
+func (ch *Chain) interrupt(why error) (attempts int) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	if ch.outage.began.IsZero() {
+		now := time.Now()
+		ch.outage = outage{began: now, said: now}
+		ch.log.Warn("publishing is interrupted", "error", ch.explain(why))
+		return 0
+	}
+	ch.tell(why)
+	return ch.outage.attempts
+}
+
+// sentAgain ends the outage if nothing was left to send; else the first event
+// that is stored does.
+func (ch *Chain) sentAgain(attempts int) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	ch.outage.attempts = attempts
+	if ch.head == ch.tail {
+		ch.goOn()
+	}
+}
+
+// goOn ends an outage. ch.mu is held.
+func (ch *Chain) goOn() {
+	if ch.outage.began.IsZero() {
+		return
+	}
+	ch.log.Info("publishing goes on", "after", time.Since(ch.outage.began).Round(time.Millisecond))
+	ch.outage = outage{}
+	ch.client.denied.Store(nil)
+}
+
+func (ch *Chain) tellInterrupted(err error) {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	ch.tell(err)
+}
+
+// tell says once a minute why the outage lasts. ch.mu is held.
+func (ch *Chain) tell(err error) {
+	if time.Since(ch.outage.said) > time.Minute {
+		ch.log.Warn("publishing is still interrupted", "since", time.Since(ch.outage.began).Round(time.Second), "error", ch.explain(err))
+		ch.outage.said = time.Now()
+	}
+}
+
+// explain adds the permission that NATS denied, which is why no answer came.
+func (ch *Chain) explain(err error) error {
+	if denied := ch.client.denied.Load(); denied != nil {
+		return fmt.Errorf("%w (%s)", err, *denied)
+	}
+	return err
+}
+
+// jitter keeps relays that lost the same server from coming back at once.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2) }
 
 func final(err error) bool {
 	var ambiguous *AmbiguousError
@@ -62,7 +132,6 @@ func (e *outcomeError) Unwrap() error { return e.error }
 // resyncer is one resync: it has the sending token.
 type resyncer struct {
 	*Chain
-	began, said time.Time
 	behind      time.Time // since when the stream ends before what it acknowledged
 	shiftWaited bool      // late copies had their time
 }
@@ -261,12 +330,12 @@ func (r *resyncer) reject(ctx context.Context) (again bool, err error) {
 			en = r.at(r.head)
 			reason = r.rejection(en)
 		}
-		unknown := reason != "" && en.copies > 0
+		late := reason != "" && r.unanswered > 0 // of any event: the chain is shifted, and a copy could fit
 		r.mu.Unlock()
 		switch {
 		case reason == "":
 			return false, nil
-		case unknown && !r.shiftWaited:
+		case late && !r.shiftWaited:
 			r.shiftWaited = true
 			return true, r.settle(ctx, shiftWait)
 		}

@@ -49,6 +49,8 @@ var (
 	// ErrStream says that the stream can't keep the promise; only a change of
 	// its configuration, or of ours, helps.
 	ErrStream = errors.New("the stream cannot be used")
+	// ErrNoStream says that the stream is not there, and not to be made.
+	ErrNoStream = errors.New("it is not to be created")
 	// errGone says that no message stands at a sequence.
 	errGone = errors.New("message gone")
 )
@@ -60,7 +62,7 @@ func (c *Client) OpenStream(ctx context.Context, owner StreamConfig) (Stream, er
 	info, err := c.info(ctx, owner.Name)
 	if errors.Is(err, jetstream.ErrStreamNotFound) {
 		if !owner.Create {
-			return Stream{}, fmt.Errorf("%w: stream %s does not exist: create it, or set OUTBOX_STREAM_CREATE=true", ErrStream, owner.Name)
+			return Stream{}, fmt.Errorf("%w: stream %s does not exist: %w", ErrStream, owner.Name, ErrNoStream)
 		}
 		info, err = c.create(ctx, owner)
 	}

@@ -115,8 +115,8 @@ func TestMissingStream(t *testing.T) {
 	server := testenv.NATS(t, testenv.NATSOptions{})
 	client := connectTo(t, Config{Servers: []string{server.URL()}})
 	_, err := client.OpenStream(t.Context(), owner)
-	if !errors.Is(err, ErrStream) || !strings.Contains(err.Error(), "OUTBOX_STREAM_CREATE") {
-		t.Fatalf("got %v, want ErrStream that names the variable", err)
+	if !errors.Is(err, ErrStream) || !errors.Is(err, ErrNoStream) {
+		t.Fatalf("got %v, want %v", err, ErrNoStream)
 	}
 	want := owner
 	want.Create, want.MaxAge, want.DuplicateWindow = true, time.Hour, time.Minute

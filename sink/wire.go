@@ -2,6 +2,7 @@ package sink
 
 import (
 	"bufio"
+	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -34,6 +35,7 @@ const (
 // To write between them it must be the innermost part of the connection, above
 // TLS; so the handshake is here, too.
 type wire struct {
+	life   context.Context // of the connection: none is made once it has ended
 	trust  TLS
 	secure bool            // without TLS no connection
 	hosts  map[string]bool // of the configured servers
@@ -49,8 +51,8 @@ type TLS struct {
 	First         bool   // the handshake comes before the server's INFO
 }
 
-func newWire(servers []string, trust TLS) *wire {
-	w := &wire{trust: trust, hosts: map[string]bool{}, secure: trust != TLS{}}
+func newWire(life context.Context, servers []string, trust TLS) *wire {
+	w := &wire{life: life, trust: trust, hosts: map[string]bool{}, secure: trust != TLS{}}
 	for _, server := range servers {
 		scheme, rest, _ := strings.Cut(server, "://")
 		w.secure = w.secure || scheme == "tls"
@@ -71,11 +73,13 @@ func (w *wire) SkipTLSHandshake() bool { return true }
 
 // Dial implements nats.CustomDialer.
 func (w *wire) Dial(network, address string) (net.Conn, error) {
-	conn, err := (&net.Dialer{Timeout: dialWait}).Dial(network, address)
+	conn, err := (&net.Dialer{Timeout: dialWait}).DialContext(w.life, network, address)
 	if err != nil {
 		return nil, err
 	}
 	c := &wireConn{Conn: conn}
+	stop := context.AfterFunc(w.life, func() { _ = conn.Close() })
+	defer stop()
 	if err := w.open(c, address); err != nil {
 		_ = conn.Close() // the handshake's error says more
 		return nil, err
@@ -116,10 +120,12 @@ func (w *wire) open(c *wireConn, address string) error {
 		if err := w.handshake(c, address); err != nil {
 			return err
 		}
+		c.info = io.MultiReader(strings.NewReader(line), c.Conn)
+		return c.SetDeadline(time.Time{})
 	case w.secure:
 		return nats.ErrSecureConnWanted
 	}
-	c.info = io.MultiReader(strings.NewReader(line), c.Conn)
+	c.info = io.MultiReader(strings.NewReader(line), reader)
 	return c.SetDeadline(time.Time{})
 }
 

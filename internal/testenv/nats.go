@@ -40,7 +40,7 @@ func newNATS(tb testing.TB, o NATSOptions) *NATSServer {
 	options := server.Options{
 		ServerName: "test",
 		Host:       "127.0.0.1",
-		Port:       freePort(tb),
+		Port:       FreePort(tb),
 		MaxPayload: o.MaxPayload,
 		JetStream:  !o.NoJetStream,
 		StoreDir:   filepath.Join(tb.TempDir(), "nats"),
@@ -55,7 +55,8 @@ func newNATS(tb testing.TB, o NATSOptions) *NATSServer {
 	return n
 }
 
-func freePort(tb testing.TB) int {
+// FreePort is a TCP port on 127.0.0.1 that nobody uses.
+func FreePort(tb testing.TB) int {
 	tb.Helper()
 	port, err := pgserver.FreePort()
 	if err != nil {
@@ -113,7 +114,7 @@ func Cluster3(tb testing.TB) []*NATSServer {
 	tb.Helper()
 	var routes []*url.URL
 	for range 3 {
-		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", freePort(tb))})
+		routes = append(routes, &url.URL{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", FreePort(tb))})
 	}
 	var nodes []*NATSServer
 	for i, route := range routes {

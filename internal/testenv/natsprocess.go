@@ -67,13 +67,13 @@ func NATSProcesses(tb testing.TB, binary string, n int) []*NATSProcess {
 	var clusterPorts []int
 	var routes []string
 	for range n {
-		port := freePort(tb)
+		port := FreePort(tb)
 		clusterPorts = append(clusterPorts, port)
 		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", port))
 	}
 	var nodes []*NATSProcess
 	for i := range n {
-		port := freePort(tb)
+		port := FreePort(tb)
 		node := &NATSProcess{tb: tb, binary: binary, port: port, logs: logBuffer{changed: make(chan struct{})}}
 		node.args = []string{"-n", fmt.Sprintf("node%d", i+1), "-a", "127.0.0.1", "-p", fmt.Sprint(port),
 			"-js", "-sd", filepath.Join(tb.TempDir(), "nats")}

@@ -38,7 +38,7 @@ type Proxy struct {
 // host:port, until Cleanup.
 func NewProxy(tb testing.TB, target string) *Proxy {
 	tb.Helper()
-	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: freePort(tb)})
+	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: FreePort(tb)})
 	if err != nil {
 		tb.Fatalf("proxy to %s: %v", target, err)
 	}

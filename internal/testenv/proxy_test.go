@@ -131,7 +131,7 @@ func TestProxyRefuse(t *testing.T) {
 }
 
 func TestProxyWithoutServer(t *testing.T) {
-	port := freePort(t)
+	port := FreePort(t)
 	p := NewProxy(t, (&net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port}).String())
 	wantRefused(t, p)
 }
