@@ -438,3 +438,53 @@ func TestSlotHeldByAnotherProgram(t *testing.T) {
 	b.requireStatus("published", ids)
 	requireLeaves(t, r)
 }
+
+// What stood in a slot that is gone or invalidated came through no slot: it
+// stays pending, and the remedy goes on with new events.
+func TestSlotIsLost(t *testing.T) {
+	t.Parallel()
+	for _, how := range []string{"dropped", "invalidated"} {
+		t.Run(how, func(t *testing.T) {
+			t.Parallel()
+			b := setupOn(t, testenv.OwnPostgres(t, map[string]string{"max_slot_wal_keep_size": "1MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}), testenv.NATSOptions{})
+			b.requireWorks()
+			missed := b.insert(2)
+			words := []string{"slot " + b.slot() + " is gone"}
+			if how == "dropped" {
+				b.exec(`select pg_drop_replication_slot($1)`, b.slot())
+			} else {
+				b.loseWAL()
+				words = []string{"slot " + b.slot() + " is invalidated", "pg_drop_replication_slot('" + b.slot() + "')"}
+			}
+			requireEnd(t, b.start(), 1, append(words, "status 'pending'", "outbox_relay_checkpoints")...)
+			b.exec(`select pg_drop_replication_slot(slot_name) from pg_replication_slots`)
+			b.exec(`delete from outbox_relay_checkpoints where slot = $1`, b.slot())
+			b.requireWorks()
+			b.requireStatus("pending", missed)
+		})
+	}
+}
+
+// loseWAL writes until Postgres has taken the slot's WAL away.
+func (b *bundle) loseWAL() {
+	b.Helper()
+	b.exec(`create table bulk (text text)`)
+	testenv.Eventually(b, "the slot invalidated", func() bool {
+		b.exec(`insert into bulk select repeat('x', 1000) from generate_series(1, 20000)`)
+		b.exec(`select pg_switch_wal()`)
+		b.exec(`checkpoint`)
+		return b.count(`select count(*) from pg_replication_slots where wal_status = 'lost'`) == 1
+	})
+}
+
+func TestHTTPAddressIsTaken(t *testing.T) {
+	t.Parallel()
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	b := setup(t)
+	requireEnd(t, b.start("HTTP_ADDR="+taken.Addr().String()), 1, "OUTBOX_HTTP_ADDR: listen tcp", "choose another address")
+	b.requireWorks()
+}
