@@ -155,7 +155,7 @@ func TestEverythingSet(t *testing.T) {
 		"NATS_USER": " u ", "NATS_PASSWORD": " p ", "NATS_TLS_FIRST": "true", "NATS_DOMAIN": "hub", "NATS_INBOX_PREFIX": "_IN.relay",
 		"STREAM": "Orders-1", "STREAM_CREATE": "false", "STREAM_REPLICAS": "3", "STREAM_MAX_AGE": "24h", "STREAM_DUPLICATE_WINDOW": "0",
 		"SUBJECT": "shop.eu.{aggregate_type}", "HEADERS": "Minimal", "SOURCE": "urn:shop:{slot}",
-		"AFTER_PUBLISH": "keep", "ON_REJECT": "halt", "MAX_INFLIGHT": "1", "MAX_INFLIGHT_BYTES": "1GB",
+		"AFTER_PUBLISH": "keep", "ON_REJECT": "halt", "MAX_INFLIGHT": "1", "MAX_INFLIGHT_BYTES": "1GB", "CONFIRM_DELAY": "5m",
 		"HTTP_ADDR": "", "LOG_LEVEL": "DEBUG", "LOG_FORMAT": "json", "SHUTDOWN_GRACE": "0",
 	})
 	equal(t, "url", value(t, cfg.Postgres.URL), dsn)
@@ -174,6 +174,7 @@ func TestEverythingSet(t *testing.T) {
 		OnReject:         OnRejectHalt,
 		MaxInflight:      1,
 		MaxInflightBytes: 1e9,
+		ConfirmDelay:     5 * time.Minute,
 		Log:              Log{slog.LevelDebug, LogJSON},
 	})
 }
@@ -234,6 +235,7 @@ func TestFaults(t *testing.T) {
 		{"duration below the server's", vars{"STREAM_MAX_AGE": "5ms"}, []string{"OUTBOX_STREAM_MAX_AGE"}},
 		{"duration, negative", vars{"SHUTDOWN_GRACE": "-1s"}, []string{"OUTBOX_SHUTDOWN_GRACE is \"-1s\": a duration is not negative"}},
 		{"window over age", vars{"STREAM_MAX_AGE": "1m"}, []string{"OUTBOX_STREAM_DUPLICATE_WINDOW is 2m0s, longer than OUTBOX_STREAM_MAX_AGE, 1m0s"}},
+		{"confirm delay", vars{"CONFIRM_DELAY": "180"}, []string{`OUTBOX_CONFIRM_DELAY is "180": write a duration with its unit`}},
 		{"subject", vars{"SUBJECT": "{a}.b"}, []string{"OUTBOX_SUBJECT is \"{a}.b\", whose first token is a column"}},
 		{"headers", vars{"HEADERS": "all"}, []string{`OUTBOX_HEADERS is "all": it can be cloudevents or minimal`}},
 		{"source", vars{"SOURCE": "/{table}"}, []string{`OUTBOX_SOURCE is "/{table}": its placeholders are {database} and {slot}`}},
@@ -247,8 +249,8 @@ func TestFaults(t *testing.T) {
 		{"level", vars{"LOG_LEVEL": "trace"}, []string{`OUTBOX_LOG_LEVEL is "trace": it can be debug, info, warn or error`}},
 		{"format", vars{"LOG_FORMAT": "xml"}, []string{"OUTBOX_LOG_FORMAT"}},
 		{"typing error", vars{"STREM": canary}, []string{"OUTBOX_STREM is not known: a typing error? did you mean OUTBOX_STREAM"}},
-		{"later", vars{"RETENTION": "1h", "CONFIRM_DELAY": "0", "RETRY_ATTEMPTS": "1", "RETRY_BACKOFF": "1s", "BACKFILL": "x", "HTTP_TOKEN": canary, "COLUMN_ID": "id"}, []string{
-			"OUTBOX_BACKFILL is not in this release", "OUTBOX_COLUMN_ID is not in this release", "OUTBOX_CONFIRM_DELAY is not in this release", "OUTBOX_HTTP_TOKEN is not in this release",
+		{"later", vars{"RETENTION": "1h", "RETRY_ATTEMPTS": "1", "RETRY_BACKOFF": "1s", "BACKFILL": "x", "HTTP_TOKEN": canary, "COLUMN_ID": "id"}, []string{
+			"OUTBOX_BACKFILL is not in this release", "OUTBOX_COLUMN_ID is not in this release", "OUTBOX_HTTP_TOKEN is not in this release",
 			"OUTBOX_RETENTION is not in this release, a later one brings it: unset it", "OUTBOX_RETRY_ATTEMPTS is not in this release", "OUTBOX_RETRY_BACKOFF is not in this release"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
