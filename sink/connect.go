@@ -18,8 +18,9 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// MinServer is the oldest NATS server that the relay works with.
-const MinServer = "2.12.0"
+// minServer is the oldest NATS server that the relay works with. It is a variable
+// so that the linker can lower it (-X), to try the fault suite on older ones.
+var minServer = "2.12.0"
 
 // Config says how to reach NATS and what the stream looks like.
 type Config struct {
@@ -195,9 +196,9 @@ func (c *Client) checkServer() error {
 	if _, err := fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch); err != nil {
 		return fmt.Errorf("read the NATS server's version %q: %w", version, err)
 	}
-	_, _ = fmt.Sscanf(MinServer, "%d.%d.%d", &wantMajor, &wantMinor, &wantPatch)
+	_, _ = fmt.Sscanf(minServer, "%d.%d.%d", &wantMajor, &wantMinor, &wantPatch)
 	if major < wantMajor || (major == wantMajor && minor < wantMinor) {
-		return fmt.Errorf("the NATS server is version %s: the relay needs %s or newer", version, MinServer)
+		return fmt.Errorf("the NATS server is version %s: the relay needs %s or newer", version, minServer)
 	}
 	if !c.nc.HeadersSupported() {
 		return fmt.Errorf("the NATS server does not support headers, which carry the ids: set no_header_support to false")
