@@ -19,7 +19,10 @@ import (
 // database: outboxes in one schema share functions and tables.
 const lockKey int64 = 0x6f7574626f78 // "outbox"
 
-const lockPoll = 200 * time.Millisecond
+const (
+	lockPoll       = 200 * time.Millisecond
+	releaseTimeout = 5 * time.Second
+)
 
 const (
 	oldestVersion     = 150000
@@ -130,9 +133,15 @@ func lock(ctx context.Context, db *sql.DB, log *slog.Logger) (unlock func(), err
 	}
 }
 
-// release closes the session, and the lock goes with it: also when ctx is over.
+// release unlocks, also when the migration's own context is over. Where it cannot,
+// it ends the session, and the lock goes with it: a moment later, for Postgres
+// does not say when.
 func release(conn *sql.Conn) {
-	_ = conn.Raw(func(c any) error { return c.(*stdlib.Conn).Close() })
+	ctx, cancel := context.WithTimeout(context.Background(), releaseTimeout)
+	defer cancel()
+	if _, err := conn.ExecContext(ctx, "select pg_advisory_unlock($1)", lockKey); err != nil {
+		_ = conn.Raw(func(c any) error { return c.(*stdlib.Conn).Close() })
+	}
 	_ = conn.Close()
 }
 
