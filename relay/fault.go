@@ -34,10 +34,6 @@ func (e *HaltError) Error() string {
 // new session. Everything else is fatal; above all what was read and not
 // understood, which must never be skipped.
 func passes(err error) bool {
-	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) {
-		return passesInPostgres(pgErr.Code)
-	}
 	for _, passing := range []error{
 		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrEnded, errSlotFree,
 		sink.ErrForgotten, sink.ErrStrangers, errRecovery, errTwoServers,
@@ -48,6 +44,10 @@ func passes(err error) bool {
 		if errors.Is(err, passing) {
 			return true
 		}
+	}
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) {
+		return passesInPostgres(pgErr.Code)
 	}
 	var network net.Error
 	var api *jetstream.APIError

@@ -34,6 +34,7 @@ func TestWhatPasses(t *testing.T) {
 		{"superseded", checkpoint.ErrSuperseded, true},
 		{"commit only local", checkpoint.ErrNotReplicated, true},
 		{"slot in use", fmt.Errorf("%w: %w", replication.ErrSlotInUse, postgresError("55006")), true},
+		{"slot made by another", fmt.Errorf("%w: %w", replication.ErrSlotInUse, postgresError("42710")), true},
 		{"server shuts down", replication.ErrEnded, true},
 		{"broker forgot", sink.ErrForgotten, true},
 		{"connection refused", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}, true},

@@ -22,11 +22,17 @@ import (
 // something: it says what, and never guesses.
 func (s *session) openSlot(ctx context.Context) error {
 	slot := s.table.Slot
+	// Another relay may be at its first run, which writes the checkpoint, makes the
+	// slot, and only then streams. So whoever streams by this checkpoint has a slot
+	// by now, and where there is a slot there is a checkpoint to be read again.
+	cp, noCheckpoint := s.store.Read(ctx)
 	_, noSlot := replication.ReadSlot(ctx, s.sql, slot)
 	if noSlot != nil && !errors.Is(noSlot, replication.ErrNoSlot) {
 		return noSlot
 	}
-	cp, noCheckpoint := s.store.Read(ctx)
+	if noSlot == nil && errors.Is(noCheckpoint, checkpoint.ErrNone) {
+		cp, noCheckpoint = s.store.Read(ctx)
+	}
 	if noCheckpoint != nil && !errors.Is(noCheckpoint, checkpoint.ErrNone) {
 		return noCheckpoint
 	}
