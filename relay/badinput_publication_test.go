@@ -76,7 +76,7 @@ func TestPublicationChangedWhileRunning(t *testing.T) {
 			b.exec(accept)
 			if c.fresh {
 				requireEnd(t, b.start(), 1, `publication "outbox_relay"`, "status 'pending'", "SELECT pg_drop_replication_slot('"+b.slot()+"')", "DELETE FROM public.outbox_relay_checkpoints")
-				b.exec(`select pg_drop_replication_slot($1)`, b.slot())
+				b.dropSlot()
 				b.exec(`delete from public.outbox_relay_checkpoints where slot = $1`, b.slot())
 			}
 			b.requireWorks()

@@ -383,7 +383,7 @@ func TestSlotIsNotTheRelays(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b.exec(c.made, slot)
 			requireEnd(t, b.start(), 1, append(c.words, "slot "+slot)...)
-			b.exec(`select pg_drop_replication_slot($1)`, slot)
+			b.dropSlot()
 		})
 	}
 	b.requireWorks()
@@ -451,7 +451,7 @@ func TestSlotIsLost(t *testing.T) {
 			missed := b.insert(2)
 			words := []string{"slot " + b.slot() + " is gone"}
 			if how == "dropped" {
-				b.exec(`select pg_drop_replication_slot($1)`, b.slot())
+				b.dropSlot()
 			} else {
 				b.loseWAL()
 				words = []string{"slot " + b.slot() + " is invalidated", "pg_drop_replication_slot('" + b.slot() + "')"}

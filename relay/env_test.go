@@ -98,6 +98,15 @@ func (b *bundle) exec(sql string, args ...any) {
 	b.must(err)
 }
 
+// dropSlot drops the slot of a relay that has ended: Postgres may not know it yet.
+func (b *bundle) dropSlot() {
+	b.Helper()
+	testenv.Eventually(b, "the slot to be free", func() bool {
+		return b.count(`select count(*) from pg_replication_slots where slot_name = $1 and active`, b.slot()) == 0
+	})
+	b.exec(`select pg_drop_replication_slot($1)`, b.slot())
+}
+
 // start starts the relay, with variables that change its environment.
 func (b *bundle) start(changes ...string) *testenv.Relay {
 	b.Helper()

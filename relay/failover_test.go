@@ -229,7 +229,7 @@ func TestRestore(t *testing.T) {
 	requireLeaves(b, r)
 
 	// pg_basebackup would have left it out.
-	b.exec(`select pg_drop_replication_slot($1)`, b.slot())
+	b.dropSlot()
 	b.exec(`update outbox_relay_checkpoints set timeline = 1`)
 	requireEnd(t, b.start(), 1, "is gone", "on timeline 1 (this is 2", "backup restored", "DELETE FROM")
 	// As a dump would have it.

@@ -315,7 +315,7 @@ func TestSlotMadeAgainByHand(t *testing.T) {
 	b.requireStatus("published", b.insert(10))
 	r.Terminate()
 	missed := b.insert(1)
-	b.exec(`select pg_drop_replication_slot($1)`, b.slot())
+	b.dropSlot()
 	b.exec(`select pg_create_logical_replication_slot($1, 'pgoutput')`, b.slot())
 	b.requireFatal(b.start(), "was dropped and made again, or advanced by hand")
 	b.requireStatus("pending", missed)
