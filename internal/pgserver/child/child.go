@@ -79,7 +79,8 @@ func (p *Process) ExitCode() int {
 }
 
 // Usage waits for the end and returns what the child used: its CPU time, user
-// and system, and its largest resident set in bytes.
+// and system, and its largest resident set in bytes; at least what this process
+// had when it forked, as Linux counts.
 func (p *Process) Usage() (cpu time.Duration, memory int64) {
 	<-p.done
 	state := p.cmd.ProcessState
