@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -88,6 +89,15 @@ func passesInPostgres(code string) bool {
 		}
 	}
 	return false
+}
+
+// withGrants adds the remedy where Postgres says that the role lacks a right.
+func withGrants(err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.Code == "42501" {
+		return fmt.Errorf("%w: grant the role what the README lists under \"Give the relay a role\"", err)
+	}
+	return err
 }
 
 // distrust reports whether Postgres refuses the role, or we its certificate:

@@ -26,16 +26,23 @@ func (b *bundle) readmeRole() string {
 	return strings.ReplaceAll(string(block[1]), "DATABASE app", "DATABASE "+pgx.Identifier{config.Database}.Sanitize())
 }
 
-// The relay lives on what the README grants: all that it does to rows is here.
-func TestLeastPrivilege(t *testing.T) {
-	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
+// asReadmeRole makes the role of the README in a server of its own, and lets the
+// relay run as that. It returns the grants that only delete needs.
+func asReadmeRole(t *testing.T) (b *bundle, deletes string) {
+	t.Helper()
+	b = setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
 	grants, deletes, _ := strings.Cut(b.readmeRole(), "-- only with")
 	b.exec(grants)
 	address, err := url.Parse(b.url)
 	b.must(err)
 	address.User = url.UserPassword("relay", "secret")
 	b.env["OUTBOX_POSTGRES_URL"] = address.String()
+	return b, deletes
+}
 
+// The relay lives on what the README grants: all that it does to rows is here.
+func TestLeastPrivilege(t *testing.T) {
+	b, deletes := asReadmeRole(t)
 	r := b.streaming()
 	ids := b.insert(10)
 	bad := b.insertTooLarge()
@@ -52,4 +59,25 @@ func TestLeastPrivilege(t *testing.T) {
 	gone := b.insert(10)
 	b.requireNoRows(gone)
 	b.requireStream(append(append(ids, more...), gone...))
+}
+
+func TestRightIsMissing(t *testing.T) {
+	b, _ := asReadmeRole(t)
+	requireLeaves(b, b.streaming())
+	for _, c := range []struct{ name, revoke, grant string }{
+		{"replication", `alter role relay noreplication`, `alter role relay replication`},
+		{"select", `revoke select on events from relay`, `grant select on events to relay`},
+		{"update", `revoke update (status) on events from relay`, `grant update (status) on events to relay`},
+		{"checkpoint", `revoke update on outbox_relay_checkpoints from relay`, `grant update on outbox_relay_checkpoints to relay`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b.exec(c.revoke)
+			id := b.insert(1)
+			requireEnd(t, b.start(), 1, "SQLSTATE 42501", "Give the relay a role")
+			b.exec(c.grant)
+			r := b.streaming()
+			b.requireStatus("published", id)
+			requireLeaves(b, r)
+		})
+	}
 }

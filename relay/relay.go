@@ -102,7 +102,7 @@ func (r *Relay) Run(ctx context.Context) error {
 			return nil
 		case r.fatal(err):
 			r.state.Store(Halted)
-			return err
+			return withGrants(err)
 		}
 		r.metrics.sessions.Inc()
 		if time.Since(began) > time.Minute || errors.Is(err, sink.ErrStrangers) {

@@ -29,7 +29,6 @@ const (
 	objectInUse         = "55006" // the slot is another relay's
 	duplicateObject     = "42710"
 	configurationLimits = "53400" // all replication slots are in use
-	insufficientRights  = "42501"
 )
 
 // ErrSlotInUse says that another relay reads from the slot.
@@ -155,8 +154,6 @@ func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (pglo
 		return 0, fmt.Errorf("create slot %s: %w: %w", slot, ErrSlotInUse, err)
 	case hasCode(err, configurationLimits):
 		return 0, fmt.Errorf("create slot %s: all replication slots are in use: raise max_replication_slots, or drop a slot that nobody needs: %w", slot, err)
-	case hasCode(err, insufficientRights):
-		return 0, fmt.Errorf("create slot %s: the role may not replicate: ALTER ROLE … REPLICATION: %w", slot, err)
 	case err != nil:
 		return 0, fmt.Errorf("create slot %s: %w", slot, err)
 	}
