@@ -90,8 +90,12 @@ func plainAck(data []byte) (ack, bool) {
 	if !ok || len(rest) < 2 || rest[len(rest)-1] != '}' {
 		return ack{}, false
 	}
-	sequence, err := strconv.ParseUint(string(trimBlank(rest[:len(rest)-1])), 10, 64)
-	if err != nil || sequence == 0 {
+	digits := trimBlank(rest[:len(rest)-1])
+	if len(digits) == 0 || digits[0] == '0' { // no sequence, or none that JSON knows
+		return ack{}, false
+	}
+	sequence, err := strconv.ParseUint(string(digits), 10, 64)
+	if err != nil {
 		return ack{}, false
 	}
 	return ack{stream: stream, sequence: sequence}, true

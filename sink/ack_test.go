@@ -1,11 +1,16 @@
 package sink
 
 import (
+	"bytes"
 	"encoding/json"
 	"math"
+	"math/big"
+	"regexp"
 	"strings"
 	"testing"
 	"unicode/utf8"
+
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 func TestParseAck(t *testing.T) {
@@ -50,7 +55,7 @@ func TestParseAckRefuses(t *testing.T) {
 		`{"stream":"EVENTS"}`, `{"stream":"EVENTS","seq":0}`, `{"stream":"EVENTS","seq":-1}`, `{"stream":"EVENTS","seq":1.5}`,
 		`{"stream":"EVENTS","seq":"7"}`, `{"stream":"EVENTS","seq":18446744073709551616}`, `{"stream":"EVENTS","seq":7`,
 		`{"stream":"EVENTS","seq":7}}`, `{"stream":"EVENTS","seq":+7}`, `{"stream":"EVENTS","seq":}`, `{"stream":"EVENTS","seq": }`,
-		`{"stream":"EVENTS","seq":7_000}`, `{"stream":"EVENTS","seq":  }`, `{"stream":"EVENTS"`, `{"stream":"`,
+		`{"stream":"EVENTS","seq":7_000}`, `{"stream":"EVENTS","seq":  }`, `{"stream":"EVENTS","seq":07}`, `{"stream":"EVENTS"`, `{"stream":"`,
 		`{"error":{"code":500,"description":"without a code of its own"},"seq":7}`, `{"error":{},"stream":"EVENTS","seq":7}`,
 	} {
 		if got, err := parseAck([]byte(data)); err == nil {
@@ -67,39 +72,99 @@ func TestPermanentRejections(t *testing.T) {
 	}
 }
 
-// FuzzParseAck: the shortcut reads what encoding/json reads, or leaves it to it.
+// FuzzParseAck: what is taken for an answer is what encoding/json reads, by our
+// names and by those of the client's own PubAck, and everything else is an
+// error: to the chain the outcome is unknown, and it resyncs. Nothing that JSON
+// reads as an answer is refused either, or the chain would resync for ever.
 func FuzzParseAck(f *testing.F) {
 	for _, seed := range []string{`{"stream":"EVENTS","seq":7}`, `{"stream":"EVENTS", "seq": 7}`, `{"stream":"a\"b","seq":7,"duplicate":true}`,
+		`{"stream":"EVENTS","domain":"hub","seq":18446744073709551615}`, `{"stream":"EVENTS","seq":07}`, `{"stream":"EVENTS","seq":7,"error":null}`,
+		`{"type":"io.nats.jetstream.api.v1.pub_ack_response","error":{"code":400,"err_code":10071,"description":"wrong last sequence: 4"},"stream":"EVENTS","seq":0}`,
 		`{"error":{"code":400,"err_code":10071,"description":"x"},"seq":0}`, `{"stream":"EVENTS","seq":7,"seq":8}`, "{\"stream\":\"\xff\",\"seq\":7}"} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		got, err := parseAck(data)
-		var want struct {
-			Stream    string
-			Seq       uint64
-			Duplicate bool
-			Error     *struct {
-				Code int `json:"err_code"`
-			}
+		if err == nil && got.code == 0 && !legalStream(got.stream) {
+			return // no stream of ours: the chain breaks at its name, whatever else it read
 		}
-		wrong := json.Unmarshal(data, &want)
+		want, readable := readAck(data)
 		switch {
+		case !readable && err == nil:
+			t.Fatalf("%q: taken for %+v", data, got)
+		case !readable:
+			return
 		case err != nil:
-			return // unknown: the chain resyncs
-		case !legalValue(got.stream):
-			return // no stream of ours: the chain resyncs, too
-		case wrong != nil:
-			t.Fatalf("%q: taken for %+v, and it is no JSON: %v", data, got, wrong)
-		case want.Error != nil && got.code != want.Error.Code, want.Error == nil && got.code != 0:
-			t.Fatalf("%q: code %d", data, got.code)
-		case got.code == 0 && (got.sequence != want.Seq || got.sequence == 0 || got.duplicate != want.Duplicate):
+			t.Fatalf("%q: refused, and it is an answer: %v", data, err)
+		case got.code != want.code || got.text != want.text:
+			t.Fatalf("%q: error %d %q, want %d %q", data, got.code, got.text, want.code, want.text)
+		case got.code == 0 && (got.sequence != want.sequence || got.duplicate != want.duplicate || !bytes.Equal(got.stream, want.stream)):
 			t.Fatalf("%q: got %+v, want %+v", data, got, want)
-		case utf8.Valid(data) && string(got.stream) != want.Stream:
-			t.Fatalf("%q: stream %q, want %q", data, got.stream, want.Stream)
+		}
+		var client jetstream.PubAck
+		if got.code == 0 && json.Unmarshal(data, &client) == nil && (client.Sequence != got.sequence || client.Duplicate != got.duplicate || client.Stream != string(got.stream)) {
+			t.Fatalf("%q: got %+v, and the client %+v", data, got, client)
 		}
 	})
 }
+
+// readAck reads an answer without the shortcut: false for what is none.
+func readAck(data []byte) (ack, bool) {
+	var answer struct {
+		Stream    string `json:"stream"`
+		Sequence  uint64 `json:"seq"`
+		Duplicate bool   `json:"duplicate"`
+		Error     *struct {
+			Code        int    `json:"err_code"`
+			Description string `json:"description"`
+		} `json:"error"`
+	}
+	if err := json.Unmarshal(data, &answer); err != nil {
+		return ack{}, false
+	}
+	want := ack{stream: []byte(answer.Stream), sequence: answer.Sequence, duplicate: answer.Duplicate}
+	if answer.Error != nil {
+		want.code, want.text = answer.Error.Code, answer.Error.Description
+		return want, want.code != 0
+	}
+	return want, want.sequence != 0
+}
+
+// legalStream reports whether a stream can have the name.
+// Source: nats-server, server/jetstream_api.go and server/util.go (isValidName).
+func legalStream(name []byte) bool {
+	return utf8.Valid(name) && len(name) > 0 && !bytes.ContainsAny(name, " \t\r\n\f.*>/\\\"") && legalValue(name)
+}
+
+// FuzzParseReply: a reply subject is never taken for another event's, and what
+// is not of this chain's inbox for none.
+func FuzzParseReply(f *testing.F) {
+	const inbox = "_INBOX_outbox.ABC."
+	for _, seed := range []string{inbox + "0.0", inbox + "1.zz", inbox + "3w5e11264sgsf.3w5e11264sgsf", inbox + "1.2.3", inbox + "01.Z", "_INBOX_outbox.ABD.1.2"} {
+		f.Add(seed, uint64(1), uint64(35))
+	}
+	f.Fuzz(func(t *testing.T, subject string, generation, number uint64) {
+		sent := string(appendReply(nil, inbox, generation, number))
+		if g, n, ok := parseReply(inbox, sent); !ok || g != generation || n != number {
+			t.Fatalf("%d, %d came back from %q as %d, %d, %v", generation, number, sent, g, n, ok)
+		}
+		g, n, ok := parseReply(inbox, subject)
+		tokens := replyForm.FindStringSubmatch(subject)
+		if len(tokens) == 0 || tokens[1] != inbox {
+			if ok {
+				t.Fatalf("%q: taken for %d, %d", subject, g, n)
+			}
+			return
+		}
+		first, _ := new(big.Int).SetString(tokens[2], 36)
+		second, _ := new(big.Int).SetString(tokens[3], 36)
+		if legal := first.IsUint64() && second.IsUint64(); ok != legal || ok && (g != first.Uint64() || n != second.Uint64()) {
+			t.Fatalf("%q: taken for %d, %d, %v", subject, g, n, ok)
+		}
+	})
+}
+
+var replyForm = regexp.MustCompile(`^(.*\.)([0-9A-Za-z]+)\.([0-9A-Za-z]+)$`)
 
 func TestReplies(t *testing.T) {
 	const inbox = "_INBOX_outbox.ABC."
