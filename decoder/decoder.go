@@ -44,15 +44,16 @@ type Decoder struct {
 
 	table     uint32 // OID of the outbox table (of its root, where partitioned)
 	columns   outbox.Columns
-	relations map[uint32]*relation
-	open      bool // between Begin and Commit
+	relations map[uint32]*relation // of this session, also other tables': an Insert of none is malformed
+	open      bool                 // between Begin and Commit
 	ordinal   uint64
 
 	beginMsg  pglogrepl.BeginMessage // here, so that a transaction costs no allocation
 	commitMsg pglogrepl.CommitMessage
 }
 
-// relation tells where each column of a tuple goes; nil: not wanted.
+// relation tells where each column of a tuple goes; nil: not wanted. Of another
+// table none is.
 type relation struct {
 	slots   []*[]byte
 	missing []string
@@ -77,18 +78,24 @@ func (d *Decoder) Decode(data []byte) (Kind, error) {
 	switch data[0] {
 	case 'I':
 		return d.insert(data[1:])
+	case 'B', 'C', 'R', 'O', 'Y', 'M', 'U', 'D', 'T':
+	default:
+		return Nothing, fmt.Errorf("%w: unknown kind %q", ErrMalformed, data[0])
+	}
+	if !whole(data) {
+		return Nothing, fmt.Errorf("%w: %d bytes of kind %q are not laid out like one", ErrMalformed, len(data), data[0])
+	}
+	switch data[0] {
 	case 'B':
 		return Nothing, d.begin(data)
 	case 'C':
 		return Commit, d.commit(data)
 	case 'R':
 		return Nothing, d.relation(data)
-	case 'O', 'Y', 'M', 'U', 'D', 'T':
+	default:
 		// Origin, type, logical message, and the changes of a publication
 		// that once published more than inserts: none inserts an event.
 		return Nothing, nil
-	default:
-		return Nothing, fmt.Errorf("%w: unknown kind %q", ErrMalformed, data[0])
 	}
 }
 
@@ -97,8 +104,8 @@ func (d *Decoder) begin(data []byte) error {
 	if err := parse(data, begin); err != nil {
 		return err
 	}
-	if d.open {
-		return fmt.Errorf("%w: Begin inside a transaction", ErrMalformed)
+	if d.open || begin.FinalLSN == 0 {
+		return fmt.Errorf("%w: Begin inside a transaction, or of one that ends nowhere", ErrMalformed)
 	}
 	d.open, d.ordinal = true, 0
 	d.Event.Position.Commit = begin.FinalLSN
@@ -115,6 +122,9 @@ func (d *Decoder) commit(data []byte) error {
 	if !d.open || commit.CommitLSN != d.Event.Position.Commit {
 		return fmt.Errorf("%w: Commit at %s does not end the open transaction", ErrMalformed, commit.CommitLSN)
 	}
+	if commit.Flags != 0 || commit.TransactionEndLSN <= commit.CommitLSN {
+		return fmt.Errorf("%w: Commit at %s with flags %d ends at %s", ErrMalformed, commit.CommitLSN, commit.Flags, commit.TransactionEndLSN)
+	}
 	d.open = false
 	d.End = commit.TransactionEndLSN
 	return nil
@@ -125,11 +135,11 @@ func (d *Decoder) relation(data []byte) error {
 	if err := parse(data, &msg); err != nil {
 		return err
 	}
+	rel := &relation{slots: make([]*[]byte, len(msg.Columns))}
 	if msg.RelationID != d.table {
-		delete(d.relations, msg.RelationID)
+		d.relations[msg.RelationID] = rel
 		return nil
 	}
-	rel := &relation{slots: make([]*[]byte, len(msg.Columns))}
 	for _, field := range d.columns.Fields(&d.Event) {
 		bound := rel.bind(msg.Columns, field)
 		if !bound && field.Name == "id" {
@@ -163,9 +173,6 @@ func (d *Decoder) insert(data []byte) (Kind, error) {
 		return Nothing, fmt.Errorf("%w: Insert outside a transaction", ErrMalformed)
 	}
 	oid := binary.BigEndian.Uint32(data)
-	if oid != d.table {
-		return Nothing, nil
-	}
 	rel := d.relations[oid]
 	if rel == nil {
 		return Nothing, fmt.Errorf("%w: Insert before the Relation of table %d", ErrMalformed, oid)
@@ -173,7 +180,7 @@ func (d *Decoder) insert(data []byte) (Kind, error) {
 	for _, field := range rel.fields {
 		*field.Value = nil
 	}
-	if err := rel.tuple(data[5:]); err != nil {
+	if err := rel.tuple(data[5:]); err != nil || oid != d.table {
 		return Nothing, err
 	}
 	d.Missing = rel.missing
@@ -218,14 +225,9 @@ func (r *relation) tuple(data []byte) error {
 	return nil
 }
 
-// parse decodes a rare message by pglogrepl, which can panic on a truncated
-// one (it indexes before it checks in RelationMessage.Decode).
-func parse(data []byte, msg pglogrepl.MessageDecoder) (err error) {
-	defer func() {
-		if recover() != nil {
-			err = fmt.Errorf("%w: truncated %q", ErrMalformed, data[0])
-		}
-	}()
+// parse decodes a rare message that is whole: pglogrepl panics on some that are
+// not (RelationMessage.Decode indexes before it checks).
+func parse(data []byte, msg pglogrepl.MessageDecoder) error {
 	if err := msg.Decode(data[1:]); err != nil {
 		return fmt.Errorf("%w: %w", ErrMalformed, err)
 	}

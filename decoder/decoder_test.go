@@ -172,7 +172,7 @@ func TestPositions(t *testing.T) {
 	in(true)
 	decode(t, d, relation(table, usual...), insert(table, row("e1")...))
 	position(checkpoint.Position{Commit: 0x1_00000010, Ordinal: 1}, 7)
-	decode(t, d, relation(table, usual...), []byte("M\x00 any logical message"), []byte("Y type"), []byte("O origin"), insert(table, row("e2")...))
+	decode(t, d, relation(table, usual...), logical("any", "message"), typeOf(20000, "mood"), origin("elsewhere"), insert(table, row("e2")...))
 	position(checkpoint.Position{Commit: 0x1_00000010, Ordinal: 2}, 7)
 	if want := time.Date(2000, 1, 1, 0, 0, 1, 0, time.UTC); !d.Event.Commit.Equal(want) {
 		t.Errorf("committed at %s, want %s", d.Event.Commit, want)
@@ -220,6 +220,17 @@ func TestMalformed(t *testing.T) {
 		"the same, columns follow":    {ready, column(2, long)},
 		"bytes behind":                {ready, append(insert(table, row("e1")...), 0)},
 		"relation without its column": {nil, relation(table, usual...)[:40]},
+		"relation and more":           {nil, append(relation(table, usual...), 0)},
+		"begin and more":              {ready[:1], append(begin(10, 7), 0)},
+		"begin that ends nowhere":     {ready[:1], begin(0, 7)},
+		"commit and more":             {ready, append(commit(10, 20), 0)},
+		"commit with flags":           {ready, append([]byte{'C', 1}, commit(10, 20)[2:]...)},
+		"commit that ends before":     {ready, commit(10, 10)},
+		"insert of an unknown table":  {ready, insert(other, row("e1")...)},
+		"insert that became logical":  {ready, append([]byte{'M'}, insert(table, row("e1")...)[1:]...)},
+		"insert that became a type":   {ready, append([]byte{'Y'}, insert(table, row("e1")...)[1:]...)},
+		"another table's, cut":        {append(ready, relation(other, "id")), insert(other, text("12"))[:12]},
+		"logical message and more":    {ready, append(logical("any", "message"), 0)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			d := decoder.New(table, outbox.Columns{})
@@ -232,7 +243,7 @@ func TestMalformed(t *testing.T) {
 }
 
 // A message that was cut off, wherever, is malformed: never a shorter value,
-// never a panic. (Kinds without events are not read at all.)
+// never a panic.
 func TestTruncated(t *testing.T) {
 	ready := [][]byte{relation(table, usual...), begin(10, 7)}
 	for name, c := range map[string]struct {
@@ -243,6 +254,10 @@ func TestTruncated(t *testing.T) {
 		"commit":   {ready, commit(10, 20)},
 		"relation": {nil, relation(table, usual...)},
 		"insert":   {ready, insert(table, row("e1")...)},
+		"another":  {append(ready, relation(other, "id")), insert(other, text("1"))},
+		"logical":  {ready, logical("any", "message")},
+		"type":     {ready, typeOf(20000, "mood")},
+		"origin":   {ready, origin("elsewhere")},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for n := range len(c.message) {
@@ -259,8 +274,8 @@ func TestTruncated(t *testing.T) {
 // One goroutine decodes for all: the heap must have no part in an event.
 func TestDecodingAllocatesNothing(t *testing.T) {
 	d := decoder.New(table, outbox.Columns{Extra: []string{"tenant"}})
-	decode(t, d, relation(table, append(slices.Clone(usual), "tenant")...))
-	transaction := [][]byte{begin(10, 7), insert(table, append(row("e1"), text("acme"))...), insert(other, row("x")...),
+	decode(t, d, relation(table, append(slices.Clone(usual), "tenant")...), relation(other, "id"))
+	transaction := [][]byte{begin(10, 7), insert(table, append(row("e1"), text("acme"))...), insert(other, text("x")),
 		insert(table, append(row("e2"), null())...), commit(10, 20)}
 	allocations := testing.AllocsPerRun(1000, func() {
 		for _, m := range transaction {

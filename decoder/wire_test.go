@@ -48,6 +48,21 @@ func insert(oid uint32, values ...[]byte) []byte {
 	return m
 }
 
+func origin(name string) []byte {
+	return append(append(order.AppendUint64([]byte{'O'}, 10), name...), 0)
+}
+
+func typeOf(oid uint32, name string) []byte {
+	m := append(order.AppendUint32([]byte{'Y'}, oid), "public\x00"...)
+	return append(append(m, name...), 0)
+}
+
+func logical(prefix, content string) []byte {
+	m := order.AppendUint64([]byte{'M', 1}, 10)
+	m = append(append(m, prefix...), 0)
+	return append(order.AppendUint32(m, uint32(len(content))), content...)
+}
+
 func text(s string) []byte {
 	return append(order.AppendUint32([]byte{'t'}, uint32(len(s))), s...)
 }
