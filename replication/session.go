@@ -30,6 +30,9 @@ var (
 	// ErrPublication says that the server cannot apply the publication: it
 	// passes over events while it goes on streaming.
 	ErrPublication = errors.New("the publication is not usable")
+	// ErrMalformed says that the walsender sent what is not of the protocol.
+	// What it carried is unknown, so it can't be skipped.
+	ErrMalformed = errors.New("malformed replication message")
 )
 
 // Handler takes what the walsender sends, in order. All are called from the
@@ -58,6 +61,7 @@ type Session struct {
 	moved     chan struct{} // confirmed has moved
 	ask       chan struct{} // send status now
 	asking    atomic.Bool   // with a request for an answer
+	at        pglogrepl.LSN // of the last message read: what is wrong comes behind it
 }
 
 // Start begins to stream from the slot's confirmed LSN, which is passed in and
@@ -80,7 +84,7 @@ func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed pg
 	case err != nil:
 		return nil, fmt.Errorf("start replication from slot %s: %w", slot, err)
 	}
-	s := &Session{conn: c, slot: slot, moved: make(chan struct{}, 1), ask: make(chan struct{}, 1)}
+	s := &Session{conn: c, slot: slot, at: confirmed, moved: make(chan struct{}, 1), ask: make(chan struct{}, 1)}
 	s.confirmed.Store(uint64(confirmed))
 	return s, nil
 }
@@ -135,7 +139,7 @@ func (s *Session) read(handler Handler) error {
 	for {
 		msg, err := frontend.Receive()
 		if err != nil {
-			return fmt.Errorf("read from slot %s: %w", s.slot, err)
+			return fmt.Errorf("read from slot %s behind %s: %w", s.slot, s.at, err)
 		}
 		switch msg := msg.(type) {
 		case *pgproto3.CopyData:
@@ -148,7 +152,7 @@ func (s *Session) read(handler Handler) error {
 		case *pgproto3.CopyDone:
 			err = fmt.Errorf("slot %s: %w", s.slot, ErrEnded)
 		default:
-			err = fmt.Errorf("slot %s: unexpected message %T", s.slot, msg)
+			err = fmt.Errorf("slot %s behind %s: %w: unexpected %T", s.slot, s.at, ErrMalformed, msg)
 		}
 		if err != nil {
 			return err
@@ -162,19 +166,19 @@ func (s *Session) read(handler Handler) error {
 func (s *Session) handle(data []byte, handler Handler) error {
 	switch {
 	case len(data) >= 25 && data[0] == pglogrepl.XLogDataByteID:
-		start := pglogrepl.LSN(binary.BigEndian.Uint64(data[1:]))
-		return handler.Data(start, data[25:])
+		s.at = pglogrepl.LSN(binary.BigEndian.Uint64(data[1:]))
+		return handler.Data(s.at, data[25:])
 	case len(data) > 0 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
 		keepalive, err := pglogrepl.ParsePrimaryKeepaliveMessage(data[1:])
 		if err != nil {
-			return fmt.Errorf("slot %s: %w", s.slot, err)
+			return fmt.Errorf("slot %s behind %s: %w: %w", s.slot, s.at, ErrMalformed, err)
 		}
 		if keepalive.ReplyRequested {
 			signal(s.ask)
 		}
 		return handler.Keepalive(keepalive.ServerWALEnd, keepalive.ReplyRequested)
 	default:
-		return fmt.Errorf("slot %s: malformed replication message of %d bytes", s.slot, len(data))
+		return fmt.Errorf("slot %s behind %s: %w: %d bytes, %.1q", s.slot, s.at, ErrMalformed, len(data), data)
 	}
 }
 

@@ -39,7 +39,7 @@ func ReadSlot(ctx context.Context, conn *pgx.Conn, name string) (Slot, error) {
 	case err != nil:
 		return s, fmt.Errorf("read slot %s: %w", name, err)
 	}
-	s.Confirmed, err = pglogrepl.ParseLSN(confirmed)
+	s.Confirmed, err = parseLSN(confirmed)
 	return s, err
 }
 
