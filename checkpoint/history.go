@@ -49,10 +49,10 @@ func (s *Store) Earlier(ctx context.Context) ([]Earlier, error) {
 		if err = row.Scan(&commit, &e.Position.Ordinal, &confirmed, &e.Sequence, &e.MessageID); err != nil {
 			return e, err
 		}
-		if e.Position.Commit, err = pglogrepl.ParseLSN(commit); err != nil {
+		if e.Position.Commit, err = ParseLSN(commit); err != nil {
 			return e, err
 		}
-		e.Confirmed, err = pglogrepl.ParseLSN(confirmed)
+		e.Confirmed, err = ParseLSN(confirmed)
 		return e, err
 	})
 	return earlier, s.explain("read older", err)

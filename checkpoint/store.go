@@ -249,12 +249,15 @@ func scan(row pgx.Row) (c Checkpoint, epoch int64, err error) {
 	if err != nil {
 		return c, epoch, err
 	}
-	if format > Format {
+	switch {
+	case format < 1 || format > Format:
 		return c, epoch, fmt.Errorf("its format is %d and this release knows %d: run the release that wrote it, or a newer one", format, Format)
+	case c.Phase != Creating && c.Phase != Streaming:
+		return c, epoch, fmt.Errorf("its phase is %q, which this release does not know", c.Phase)
 	}
-	if c.Position.Commit, err = pglogrepl.ParseLSN(commit); err != nil {
+	if c.Position.Commit, err = ParseLSN(commit); err != nil {
 		return c, epoch, err
 	}
-	c.Confirmed, err = pglogrepl.ParseLSN(confirmed)
+	c.Confirmed, err = ParseLSN(confirmed)
 	return c, epoch, err
 }
