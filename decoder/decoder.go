@@ -104,8 +104,11 @@ func (d *Decoder) begin(data []byte) error {
 	if err := parse(data, begin); err != nil {
 		return err
 	}
-	if d.open || begin.FinalLSN == 0 {
-		return fmt.Errorf("%w: Begin inside a transaction, or of one that ends nowhere", ErrMalformed)
+	if d.open {
+		return fmt.Errorf("%w: Begin inside a transaction", ErrMalformed)
+	}
+	if begin.FinalLSN == 0 || begin.FinalLSN < d.End { // transactions come in the order of their commits
+		return fmt.Errorf("%w: Begin of a transaction that commits at %s, and the one before it ended at %s", ErrMalformed, begin.FinalLSN, d.End)
 	}
 	d.open, d.ordinal = true, 0
 	d.Event.Position.Commit = begin.FinalLSN

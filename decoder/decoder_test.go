@@ -223,6 +223,7 @@ func TestMalformed(t *testing.T) {
 		"relation and more":           {nil, append(relation(table, usual...), 0)},
 		"begin and more":              {ready[:1], append(begin(10, 7), 0)},
 		"begin that ends nowhere":     {ready[:1], begin(0, 7)},
+		"begin before the last's end": {append(ready, commit(10, 20)), begin(19, 8)},
 		"commit and more":             {ready, append(commit(10, 20), 0)},
 		"commit with flags":           {ready, append([]byte{'C', 1}, commit(10, 20)[2:]...)},
 		"commit that ends before":     {ready, commit(10, 10)},
@@ -277,7 +278,12 @@ func TestDecodingAllocatesNothing(t *testing.T) {
 	decode(t, d, relation(table, append(slices.Clone(usual), "tenant")...), relation(other, "id"))
 	transaction := [][]byte{begin(10, 7), insert(table, append(row("e1"), text("acme"))...), insert(other, text("x")),
 		insert(table, append(row("e2"), null())...), commit(10, 20)}
+	at := uint64(10)
 	allocations := testing.AllocsPerRun(1000, func() {
+		at += 10 // each transaction commits behind the one before
+		order.PutUint64(transaction[0][1:], at)
+		order.PutUint64(transaction[4][2:], at)
+		order.PutUint64(transaction[4][10:], at+10)
 		for _, m := range transaction {
 			if _, err := d.Decode(m); err != nil {
 				t.Fatal(err)

@@ -131,7 +131,12 @@ type recorder struct {
 	stop func()
 }
 
-func (r *recorder) Data(_ pglogrepl.LSN, data []byte) error {
+// Data also checks what the relay relies on: a Commit stands where its
+// transaction ends.
+func (r *recorder) Data(start pglogrepl.LSN, data []byte) error {
+	if data[0] == 'C' && start != pglogrepl.LSN(order.Uint64(data[10:])) {
+		return fmt.Errorf("the Commit %x stands at %s", data, start)
+	}
 	r.messages = append(r.messages, bytes.Clone(data))
 	r.last = r.last || data[0] == 'I' && bytes.Contains(data, []byte("\x04last"))
 	if r.last && data[0] == 'C' {

@@ -53,16 +53,30 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 
 // Data implements replication.Handler.
 func (p *pipeline) Data(start pglogrepl.LSN, data []byte) error {
-	kind, err := p.decoder.Decode(data)
+	kind, err := decode(p.decoder, start, data)
 	switch {
 	case err != nil:
-		return fmt.Errorf("decode the message at %s: %w", start, err)
+		return err
 	case kind == decoder.Insert:
 		return p.event(&p.decoder.Event)
 	case kind == decoder.Commit:
 		p.cover(p.decoder.End)
 	}
 	return nil
+}
+
+// decode decodes the message that stands at start. A Commit stands where its
+// transaction ends: nothing else tells whether that LSN, which is confirmed,
+// arrived as it was sent.
+func decode(d *decoder.Decoder, start pglogrepl.LSN, data []byte) (decoder.Kind, error) {
+	kind, err := d.Decode(data)
+	if err == nil && kind == decoder.Commit && d.End != start {
+		err = fmt.Errorf("%w: Commit of a transaction that ends at %s", decoder.ErrMalformed, d.End)
+	}
+	if err != nil {
+		return kind, fmt.Errorf("decode the message at %s: %w", start, err)
+	}
+	return kind, nil
 }
 
 // Keepalive implements replication.Handler. Outside a transaction, a

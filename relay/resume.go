@@ -283,10 +283,10 @@ type collector struct {
 }
 
 func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
-	kind, err := c.decoder.Decode(data)
+	kind, err := decode(c.decoder, start, data)
 	switch e := &c.decoder.Event; {
 	case err != nil:
-		return fmt.Errorf("decode the message at %s: %w", start, err)
+		return err
 	case kind == decoder.Commit && c.decoder.End >= c.end:
 		return errEnough
 	case kind != decoder.Insert || e.Position.Compare(c.after) <= 0 || !pending(e):

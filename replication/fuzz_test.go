@@ -2,6 +2,7 @@ package replication
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -51,11 +52,12 @@ func keepalive(end pglogrepl.LSN, urgent byte) []byte {
 
 // FuzzFrames: two messages of the walsender come to what pglogrepl reads from
 // them, each to one call of the handler; or the session ends by ErrMalformed,
-// with the LSN behind which it came.
+// with the LSN behind which it came. A message without an LSN has the one before.
 func FuzzFrames(f *testing.F) {
 	f.Add(xlogData(0x1_00000010, 0x1_00000010, "B and so on"), keepalive(0x1_00000048, 1))
 	f.Add(keepalive(0x1_00000048, 0), xlogData(10, 20, ""))
 	f.Add(xlogData(10, 20, "C")[:24], keepalive(7, 2)[:17])
+	f.Add(xlogData(10, 20, "B"), xlogData(0, 0, "R"))
 	f.Add([]byte{}, append(keepalive(7, 0), 0))
 	f.Fuzz(func(t *testing.T, first, second []byte) {
 		const start = pglogrepl.LSN(0x7_0000ABCD)
@@ -64,7 +66,7 @@ func FuzzFrames(f *testing.F) {
 			h := &heard{}
 			m = bytes.Clone(m)
 			err := s.handle(m[:len(m):len(m)], h)
-			want, asks := expected(m)
+			want, asks := expected(m, at)
 			switch {
 			case want == "":
 				if !errors.Is(err, ErrMalformed) || !strings.Contains(err.Error(), "behind "+at.String()+":") || len(h.calls) > 0 {
@@ -78,23 +80,22 @@ func FuzzFrames(f *testing.F) {
 			case asks != (len(s.ask) == 1):
 				t.Fatalf("%q: an answer is due: %v, want %v", m, !asks, asks)
 			}
-			if m[0] == 'w' {
-				at = pglogrepl.LSN(binary.BigEndian.Uint64(m[1:]))
-			}
+			at = s.at
 			drain(s.ask)
 		}
 	})
 }
 
-// expected is the call that a message must come to, by pglogrepl; "": none.
-func expected(m []byte) (call string, asks bool) {
+// expected is the call that a message behind an LSN must come to, by pglogrepl;
+// "": none.
+func expected(m []byte, at pglogrepl.LSN) (call string, asks bool) {
 	if len(m) == 0 {
 		return "", false
 	}
 	switch m[0] {
 	case pglogrepl.XLogDataByteID:
 		if x, err := pglogrepl.ParseXLogData(m[1:]); err == nil {
-			return fmt.Sprintf("data %s %q", x.WALStart, x.WALData), false
+			return fmt.Sprintf("data %s %q", cmp.Or(x.WALStart, at), x.WALData), false
 		}
 	case pglogrepl.PrimaryKeepaliveMessageByteID:
 		if k, err := pglogrepl.ParsePrimaryKeepaliveMessage(m[1:]); err == nil {

@@ -39,7 +39,10 @@ var (
 // goroutine that reads; while they block, nothing is read, but status goes on
 // being sent.
 type Handler interface {
-	// Data gets one pgoutput message; data is valid until it returns.
+	// Data gets one pgoutput message, and where its change stands in WAL: a
+	// Commit's is where the transaction ends (commit_cb_wrapper in
+	// src/backend/replication/logical/logical.c); one that stands nowhere, such
+	// as a Relation, comes with the LSN before. data is valid until it returns.
 	Data(walStart pglogrepl.LSN, data []byte) error
 	// Keepalive gets the end of WAL that the walsender has decoded. urgent says
 	// that it wants to hear how far the reader is: it may be shutting down.
@@ -166,7 +169,9 @@ func (s *Session) read(handler Handler) error {
 func (s *Session) handle(data []byte, handler Handler) error {
 	switch {
 	case len(data) >= 25 && data[0] == pglogrepl.XLogDataByteID:
-		s.at = pglogrepl.LSN(binary.BigEndian.Uint64(data[1:]))
+		if start := pglogrepl.LSN(binary.BigEndian.Uint64(data[1:])); start != 0 { // a Relation has none
+			s.at = start
+		}
 		return handler.Data(s.at, data[25:])
 	case len(data) > 0 && data[0] == pglogrepl.PrimaryKeepaliveMessageByteID:
 		keepalive, err := pglogrepl.ParsePrimaryKeepaliveMessage(data[1:])
