@@ -116,9 +116,9 @@ func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
 			timeline = @timeline, commit_lsn = @commit::pg_lsn, ordinal = @ordinal, confirmed_lsn = @confirmed::pg_lsn,
 			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign,
 			publication_state = coalesce(publication_state, @publication),
-			updated_at = now()
+			stream_created_at = @created, updated_at = now()
 		where slot = @slot and epoch = @epoch`,
-		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "format": Format, "timeline": c.Timeline,
+		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "format": Format, "timeline": c.Timeline, "created": c.StreamCreated,
 			"commit": c.Position.Commit.String(), "ordinal": c.Position.Ordinal, "confirmed": c.Confirmed.String(),
 			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication})
 }

@@ -2,6 +2,8 @@ package relay_test
 
 import (
 	"errors"
+	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -172,5 +174,61 @@ func TestStreamIsGone(t *testing.T) {
 	requireEnd(t, b.start(), 1, "stream EVENTS does not exist", "the checkpoint knows it")
 	if _, err := b.js.Stream(t.Context(), "EVENTS"); !errors.Is(err, jetstream.ErrStreamNotFound) {
 		t.Fatalf("the stream was made anew: %v", err)
+	}
+}
+
+// A stream that was made again lacks what the checkpoint stands on, also when it
+// was told to count on from there.
+func TestStreamIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	for name, first := range map[string]uint64{"from the start": 0, "counting on": 100} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			requireLeaves(b, b.streaming())
+			r := b.streaming()
+			b.requireStatus("published", b.insert(3))
+			b.must(b.js.DeleteStream(t.Context(), "EVENTS"))
+			_, err := b.js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*"}, FirstSeq: first})
+			b.must(err)
+			late := b.insert(1)
+			requireEnd(t, r, 1, "it was deleted and made again", "pg_drop_replication_slot", "DELETE FROM")
+			requireEnd(t, b.start(), 1, "it was deleted and made again")
+			b.requireStatus("pending", late)
+		})
+	}
+}
+
+// nats-server before August 2026 changes a stream's creation time; here the
+// checkpoint's is changed, which comes to the same.
+func TestStreamSaysAnotherCreationTime(t *testing.T) {
+	t.Parallel()
+	for _, emptied := range []bool{false, true} {
+		t.Run(fmt.Sprintf("emptied=%t", emptied), func(t *testing.T) {
+			t.Parallel()
+			b := setup(t)
+			r := b.streaming()
+			ids := b.insert(3)
+			b.requireStatus("published", ids)
+			requireLeaves(b, r)
+			if emptied {
+				stream, err := b.js.Stream(t.Context(), "EVENTS")
+				b.must(err)
+				b.must(stream.Purge(t.Context()))
+				ids = nil
+			}
+			b.exec(`update outbox_relay_checkpoints set stream_created_at = stream_created_at - interval '1 day'`)
+			r = b.streaming()
+			r.WaitLog("another creation time")
+			more := b.insert(2)
+			b.requireStatus("published", more)
+			b.requireIDs(append(ids, more...))
+			requireLeaves(b, r)
+			r = b.streaming()
+			requireLeaves(b, r)
+			if strings.Contains(r.Logs(), "another creation time") {
+				t.Fatalf("the creation time was not recorded:\n%s", r.Logs())
+			}
+		})
 	}
 }

@@ -20,11 +20,12 @@ func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot re
 	switch {
 	case cp.Stream != s.stream.Name:
 		return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, fresh)
-	case !cp.StreamCreated.Equal(s.stream.Created):
-		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows the one made at %s: it was deleted and made again: %s", cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), fresh)
 	case cp.Phase == checkpoint.Streaming && slot.Confirmed > cp.Confirmed:
 		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand, or copied to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it. They stand in the table with status 'pending'; %s",
 			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
+	}
+	if err := s.verifyIdentity(ctx, cp, slot); err != nil {
+		return err
 	}
 	if err := s.verifyTimeline(*cp); err != nil {
 		return err
@@ -33,6 +34,35 @@ func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot re
 		return err
 	}
 	return s.verifyStream(ctx, cp, slot)
+}
+
+// verifyIdentity makes sure that the stream is the one that the checkpoint
+// knows. Another creation time alone does not say that it was made again:
+// nats-server before August 2026 changes that of a stream with one replica when
+// it starts again after the stream was updated. Then the stream's messages decide.
+// Source: nats-server issue 8470; seen on 2.10.27, 2.11.17, 2.12.15 and 2.14.0.
+func (s *session) verifyIdentity(ctx context.Context, cp *checkpoint.Checkpoint, slot replication.Slot) error {
+	if cp.StreamCreated.Equal(s.stream.Created) {
+		return nil
+	}
+	what, err := s.forgotten(ctx, *cp)
+	if err != nil {
+		return err
+	}
+	var known *checkpoint.Earlier
+	if what != "" {
+		if known, err = s.earlier(ctx, slot); err != nil {
+			return err
+		}
+	}
+	if s.stream.Begin > cp.Sequence || what != "" && known == nil {
+		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows one made at %s with more messages of this relay: it was deleted and made again: %s",
+			cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), s.startAnew())
+	}
+	s.log.Info("the stream says another creation time than before, and has the checkpoint's message: its server was started again",
+		"stream", cp.Stream, "created", s.stream.Created, "checkpoint_created", cp.StreamCreated.UTC())
+	cp.StreamCreated = s.stream.Created
+	return nil
 }
 
 // verifySystem makes sure that the checkpoint was written by this cluster, or

@@ -183,7 +183,7 @@ func (r *resyncer) look(ctx context.Context) (Stream, error) {
 		return stream, err
 	}
 	if !stream.Created.Equal(r.stream.Created) {
-		return stream, fmt.Errorf("%w: stream %s was made anew at %s", ErrForgotten, stream.Name, stream.Created)
+		return stream, fmt.Errorf("%w: stream %s says now that it was made at %s", ErrForgotten, stream.Name, stream.Created)
 	}
 	r.mu.Lock()
 	last := r.last

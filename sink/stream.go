@@ -39,6 +39,7 @@ const (
 type Stream struct {
 	Name       string
 	Created    time.Time // microseconds, as Postgres keeps it
+	Begin      uint64    // sequence of its first message ever, where its configuration says; else 0
 	First      uint64    // sequences below it are gone
 	Last       uint64
 	MaxMsgSize int  // -1: no limit of its own
@@ -79,6 +80,7 @@ func stream(info *jetstream.StreamInfo) Stream {
 	s := Stream{
 		Name:       info.Config.Name,
 		Created:    info.Created.UTC().Truncate(time.Microsecond),
+		Begin:      info.Config.FirstSeq,
 		First:      info.State.FirstSeq,
 		Last:       info.State.LastSeq,
 		MaxMsgSize: int(info.Config.MaxMsgSize),
