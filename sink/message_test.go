@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/jackc/pglogrepl"
 	"github.com/nats-io/nats.go"
 
 	"outbox-relay/checkpoint"
@@ -411,4 +413,71 @@ func TestBuildingAllocatesNothing(t *testing.T) {
 	if allocations != 0 {
 		t.Errorf("%v allocations a message, want none", allocations)
 	}
+}
+
+// FuzzMessage: whatever stands in an event, its publish is one protocol message
+// of the length that it says, whose headers come back as they were meant: the id,
+// and the position by which consumers order.
+func FuzzMessage(f *testing.F) {
+	f.Add(int32(3), uint64(0x1_00ABCDE0), uint64(7), uint64(41), "event_01", "order.created", []byte(`{"n": 1}`))
+	f.Add(int32(1), uint64(0), uint64(0), uint64(0), "a\r\nNats-Rollup: all", "\r\nPUB x 0\r\n", []byte(nil))
+	f.Add(int32(-1), uint64(1)<<63, ^uint64(0), ^uint64(0), "größe \xff", "", []byte("\r\n\r\nPING\r\n"))
+	f.Add(int32(1), uint64(0xF), uint64(10), uint64(9), " x", strings.Repeat(".", 100), []byte("1"))
+	f.Fuzz(func(t *testing.T, timeline int32, commit, ordinal, sequence uint64, id, kind string, payload []byte) {
+		config := messageConfig
+		config.Timeline = timeline
+		e := event()
+		e.Position = checkpoint.Position{Commit: pglogrepl.LSN(commit), Ordinal: ordinal}
+		e.ID, e.EventType, e.Payload = []byte(id), []byte(kind), payload
+		b := newBuilder(config)
+		if err := b.build(e, anyLimit); err != nil {
+			var rejection *RejectedError
+			if !errors.As(err, &rejection) {
+				t.Fatalf("%q: %v is no rejection", id, err)
+			}
+			return
+		}
+		subject, header, body := splitPublish(t, b.appendPublish(nil, []byte("_INBOX.1"), sequence))
+		if strings.Count(subject, ".") != 2 || strings.Trim(subject, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-=~.") != "" {
+			t.Fatalf("subject %q", subject)
+		}
+		if !bytes.Equal(body, payload) {
+			t.Fatalf("body %q, want %q", body, payload)
+		}
+		for name, want := range map[string]string{"Nats-Msg-Id": id, "Nats-Expected-Last-Sequence": fmt.Sprint(sequence),
+			"Outbox-Position": fmt.Sprintf("%d/%s", timeline, e.Position)} {
+			if got := header[name]; len(got) != 1 || got[0] != want {
+				t.Fatalf("%s is %q, want %q", name, got, want)
+			}
+		}
+		delete(header, "Outbox-event_type") // there where the token is not whole
+		if len(header) != 11 {              // these three, and eight of CloudEvents
+			t.Fatalf("headers %q", header)
+		}
+		_, position, _ := strings.Cut(header["Outbox-Position"][0], "/")
+		lsn, err := checkpoint.ParseLSN(position[:strings.LastIndexByte(position, '/')])
+		if err != nil || lsn != e.Position.Commit {
+			t.Fatalf("the position %q has LSN %s, %v, want %s", position, lsn, err, e.Position.Commit)
+		}
+	})
+}
+
+// splitPublish reads a publish as a server does: by the lengths in its first line.
+func splitPublish(t testing.TB, message []byte) (subject string, header nats.Header, body []byte) {
+	t.Helper()
+	line, rest, _ := bytes.Cut(message, []byte("\r\n"))
+	fields := strings.Split(string(line), " ")
+	if len(fields) != 5 || fields[0] != "HPUB" || fields[2] != "_INBOX.1" {
+		t.Fatalf("first line %q", line)
+	}
+	headers, err := strconv.Atoi(fields[3])
+	total, err2 := strconv.Atoi(fields[4])
+	if err := errors.Join(err, err2); err != nil || len(rest) != total+2 || headers > total || !bytes.HasSuffix(rest, []byte("\r\n")) {
+		t.Fatalf("first line %q before %d bytes, %v", line, len(rest), err)
+	}
+	header, err = nats.DecodeHeadersMsg(rest[:headers])
+	if err != nil {
+		t.Fatalf("headers %q: %v", rest[:headers], err)
+	}
+	return fields[1], header, rest[headers:total]
 }
