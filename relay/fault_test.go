@@ -506,7 +506,9 @@ func TestTakeOver(t *testing.T) {
 	third.WaitLog("msg=streaming")
 	w.await(500)
 	second.Thaw()
-	testenv.Eventually(t, "the woken relay in line again", func() bool { return strings.Count(second.Logs(), "standing by") == 2 })
+	// It may have the slot again, if it wrote what the other was about to write:
+	// the other then looks at the stream anew.
+	second.WaitLog("waiting to start again")
 	w.await(500)
 	third.Kill()
 	w.await(500)

@@ -140,10 +140,11 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		from.heritage.End = s.left
 	}
 	read := false
-	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int) (sink.Events, error) {
+	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int, enough func(string) bool) (sink.Events, error) {
 		read = true
 		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
-		return s.readIDs(ctx, from.reader, cp.Position, now.WALEnd, limit)
+		return s.readIDs(ctx, from.reader, &collector{decoder: decoder.New(s.layout.OID, s.table.Columns),
+			after: cp.Position, end: now.WALEnd, left: s.left, limit: limit, enough: enough})
 	})
 	cp.Foreign = s.tellStrangers(from.found) || cp.Foreign
 	if err != nil {
@@ -241,10 +242,9 @@ func (s *session) explainSchema(ctx context.Context, err error) error {
 	return err
 }
 
-// readIDs reads the ids of the first events behind a position, at most limit,
-// up to an LSN. The session has then been read from, and must be restarted.
-func (s *session) readIDs(ctx context.Context, reader *replication.Session, after checkpoint.Position, end pglogrepl.LSN, limit int) (sink.Events, error) {
-	collect := &collector{decoder: decoder.New(s.layout.OID, s.table.Columns), after: after, end: end, left: s.left, limit: limit}
+// readIDs lets a collector read until it has enough. The session has then been
+// read from, and must be restarted.
+func (s *session) readIDs(ctx context.Context, reader *replication.Session, collect *collector) (sink.Events, error) {
 	reading, cancel := context.WithCancel(ctx)
 	defer cancel()
 	asking := time.NewTicker(100 * time.Millisecond)
@@ -272,13 +272,15 @@ func (s *session) readIDs(ctx context.Context, reader *replication.Session, afte
 
 var errEnough = errors.New("enough")
 
-// collector is a handler that collects ids.
+// collector is a handler that collects the ids of the first events behind a
+// position, up to an LSN.
 type collector struct {
 	decoder *decoder.Decoder
 	after   checkpoint.Position
 	end     pglogrepl.LSN
 	left    pglogrepl.LSN // events from here on were not there to be published; 0: all were
 	limit   int
+	enough  func(id string) bool // all that is wanted is found
 	events  sink.Events
 }
 
@@ -292,12 +294,16 @@ func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
 	case kind != decoder.Insert || e.Position.Compare(c.after) <= 0 || !pending(e):
 		return nil
 	default:
-		c.events.IDs = append(c.events.IDs, string(e.ID))
-		if c.left == 0 || e.Position.Commit < c.left {
-			c.events.Old = len(c.events.IDs)
-		}
+		return c.collect(string(e.ID), c.left == 0 || e.Position.Commit < c.left)
 	}
-	if len(c.events.IDs) >= c.limit {
+}
+
+func (c *collector) collect(id string, old bool) error {
+	c.events.IDs = append(c.events.IDs, id)
+	if old {
+		c.events.Old = len(c.events.IDs)
+	}
+	if c.enough(id) || len(c.events.IDs) >= c.limit {
 		return errEnough
 	}
 	return nil

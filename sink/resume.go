@@ -34,15 +34,18 @@ func (f Found) Overtaken() int {
 }
 
 // Resume matches the messages after sequence with the events that follow the
-// checkpoint. At most bound of these can be stored. events is called when there
-// is something to match, and returns the first events, at most limit. foreign says that messages of others were ever seen in the stream.
+// checkpoint. At most bound of these can be stored. foreign says that messages
+// of others were ever seen in the stream.
+//
+// events is called when there is something to match. It returns the first events:
+// at most limit, and no more than up to the one for whose id enough is true.
 func (c *Client) Resume(ctx context.Context, s Stream, after uint64, foreign bool, bound int,
-	events func(limit int) (Events, error)) (Found, error) {
+	events func(limit int, enough func(id string) bool) (Events, error)) (Found, error) {
 	tail, err := c.tail(ctx, s, after, bound)
 	if err != nil || len(tail) == 0 {
 		return Found{}, err
 	}
-	read, err := events(max(bound, len(tail)))
+	read, err := events(max(bound, len(tail)), allFound(tail))
 	if err != nil {
 		return Found{}, err
 	}
@@ -60,4 +63,18 @@ func (c *Client) Resume(ctx context.Context, s Stream, after uint64, foreign boo
 		return found, ambiguity
 	}
 	return found, nil
+}
+
+// allFound returns a function that is told ids, and is true from the one on with
+// which each message has its event. With a message gone it never is: any event
+// may be that message's.
+func allFound(tail []message) func(id string) bool {
+	missing, gone := make(map[string]bool, len(tail)), false
+	for _, m := range tail {
+		missing[m.id], gone = true, gone || m.gone
+	}
+	return func(id string) bool {
+		delete(missing, id)
+		return len(missing) == 0 && !gone
+	}
 }
