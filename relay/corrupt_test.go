@@ -135,7 +135,8 @@ func frame(kind byte, harm func([]byte) []byte) func([]byte) []byte {
 	}
 }
 
-// message harms the message of that kind in a frame, behind its 25 bytes.
+// message25 harms the message of that kind, which stands behind the 25 bytes of its
+// frame.
 func message25(kind byte, harm func([]byte) []byte) func([]byte) []byte {
 	return frame('w', func(f []byte) []byte {
 		if f[25] != kind {
@@ -186,7 +187,7 @@ func TestMessagesCutAndFlipped(t *testing.T) {
 		{"begin's commit LSN", message25('B', flip(8, 1)), named, true},
 		{"relation cut in its columns", message25('R', less(7)), named, false},
 		{"relation's OID", message25('R', flip(4, 1)), named, true},
-		{"relation has a column less", message25('R', less(14)), named, false},
+		{"relation cut in a name", message25('R', less(14)), named, false},
 		{"insert cut to its kind", message25('I', cut(1)), named, false},
 		{"insert cut in its last column", message25('I', less(1)), named, false},
 		{"insert becomes a logical message", message25('I', flip(0, 'I'^'M')), named, false},
