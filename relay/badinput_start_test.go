@@ -280,7 +280,7 @@ func oldNATS(t *testing.T, version string) string {
 func TestNATSServerIsTooOld(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	requireEnd(t, b.start("NATS_URL="+oldNATS(t, "2.11.9")), 1, "the NATS server is version 2.11.9", "2.12.0 or newer")
+	requireEnd(t, b.start("NATS_URL="+oldNATS(t, "2.10.26")), 1, "the NATS server is version 2.10.26", "2.10.27 or newer")
 	b.requireWorks()
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -18,9 +19,10 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 )
 
-// minServer is the oldest NATS server that the relay works with. It is a variable
-// so that the linker can lower it (-X), to try the fault suite on older ones.
-var minServer = "2.12.0"
+// minServer is the oldest NATS server that the fault suite was run on, and the
+// relay works with. A variable, so that the linker can lower it (-X), to try the
+// suite on older ones.
+var minServer = "2.10.27"
 
 // Config says how to reach NATS and what the stream looks like.
 type Config struct {
@@ -191,19 +193,30 @@ func permanent(err error) bool {
 }
 
 func (c *Client) checkServer() error {
-	var major, minor, patch, wantMajor, wantMinor, wantPatch int
 	version := c.nc.ConnectedServerVersion()
-	if _, err := fmt.Sscanf(version, "%d.%d.%d", &major, &minor, &patch); err != nil {
-		return fmt.Errorf("read the NATS server's version %q: %w", version, err)
+	has, err := parseVersion(version)
+	if err != nil {
+		return fmt.Errorf("read the NATS server's version: %w", err)
 	}
-	_, _ = fmt.Sscanf(minServer, "%d.%d.%d", &wantMajor, &wantMinor, &wantPatch)
-	if major < wantMajor || (major == wantMajor && minor < wantMinor) {
+	least, err := parseVersion(minServer)
+	if err != nil {
+		return err
+	}
+	if slices.Compare(has[:], least[:]) < 0 {
 		return fmt.Errorf("the NATS server is version %s: the relay needs %s or newer", version, minServer)
 	}
 	if !c.nc.HeadersSupported() {
 		return fmt.Errorf("the NATS server does not support headers, which carry the ids: set no_header_support to false")
 	}
 	return nil
+}
+
+// parseVersion reads "2.10.27", which may go on: "2.16.0-dev".
+func parseVersion(text string) (version [3]int, err error) {
+	if _, err = fmt.Sscanf(text, "%d.%d.%d", &version[0], &version[1], &version[2]); err != nil {
+		err = fmt.Errorf("parse version %q: %w", text, err)
+	}
+	return version, err
 }
 
 // Connected reports whether the connection stands.

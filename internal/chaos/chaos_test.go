@@ -22,7 +22,7 @@ func TestMain(m *testing.M) { testenv.Main(m) }
 //	CHAOS_RATE          rows a second while faults strike
 //	CHAOS_SEED          repeats the choices of a run
 //	CHAOS_NATS_VERSION  of nats-server (v2.12.0); default: that of go.mod. Older
-//	                    than the relay takes: GOFLAGS=-ldflags=-X=outbox-relay/sink.minServer=2.10.0
+//	                    than the relay takes: GOFLAGS=-ldflags=-X=outbox-relay/sink.minServer=2.9.0
 //	CHAOS_ONLY          only kinds of faults whose name has this in it
 //	CHAOS_PLAN          only seasons whose description has this in it
 //
