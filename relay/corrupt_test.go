@@ -15,8 +15,9 @@ import (
 	"github.com/jackc/pglogrepl"
 )
 
-// corrupter forwards to Postgres, and does harm to one message that comes from
-// its walsender.
+// corrupter forwards to Postgres, and on each connection does harm to one message
+// that comes from its walsender. (On each, since a relay that matches stream and
+// slot ends its first session without having looked at all that came.)
 type corrupter struct {
 	testing.TB
 	target   string
@@ -24,9 +25,15 @@ type corrupter struct {
 	links    sync.WaitGroup
 
 	mu    sync.Mutex
-	harm  func(frame []byte) []byte // done once, to the first frame for which it returns another one; nil: never
+	harm  func(frame []byte) []byte // done to the first frame for which it returns another one; nil: never
 	done  bool
-	where pglogrepl.LSN // of the message that was harmed, or of the last before it that has one; 0: none has
+	where pglogrepl.LSN // of the last message harmed, or of the one before it that has an LSN; 0: none has
+}
+
+// stream is what a corrupter knows of one connection.
+type stream struct {
+	done bool
+	last pglogrepl.LSN // of a message
 }
 
 // corrupting returns a corrupter before b's Postgres, and the relay's URL that
@@ -73,6 +80,7 @@ func (c *corrupter) serve(client net.Conn) {
 // counts itself.
 func (c *corrupter) forward(client io.Writer, server io.Reader) {
 	var header [5]byte
+	var from stream
 	for {
 		if _, err := io.ReadFull(server, header[:]); err != nil {
 			return
@@ -82,7 +90,7 @@ func (c *corrupter) forward(client io.Writer, server io.Reader) {
 			return
 		}
 		if header[0] == 'd' {
-			body = c.pass(body)
+			body = c.pass(&from, body)
 		}
 		out := binary.BigEndian.AppendUint32(header[:1:1], uint32(len(body)+4))
 		if _, err := client.Write(append(out, body...)); err != nil {
@@ -92,21 +100,22 @@ func (c *corrupter) forward(client io.Writer, server io.Reader) {
 }
 
 // pass takes a frame of the walsender.
-func (c *corrupter) pass(frame []byte) []byte {
+func (c *corrupter) pass(from *stream, frame []byte) []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.done || c.harm == nil {
+	if from.done || c.harm == nil {
 		return frame
 	}
 	harmed := c.harm(frame)
-	c.done = harmed != nil
-	if frame[0] == 'w' && (!c.done || len(harmed) >= 25 && harmed[0] == 'w') {
-		c.where = cmp.Or(pglogrepl.LSN(binary.BigEndian.Uint64(frame[1:])), c.where)
+	if frame[0] == 'w' && (harmed == nil || len(harmed) >= 25 && harmed[0] == 'w') {
+		from.last = cmp.Or(pglogrepl.LSN(binary.BigEndian.Uint64(frame[1:])), from.last)
 	}
-	if c.done {
-		return harmed
+	if harmed == nil {
+		return frame
 	}
-	return frame
+	from.done = true
+	c.done, c.where = true, from.last
+	return harmed
 }
 
 func (c *corrupter) arm(harm func([]byte) []byte) {
