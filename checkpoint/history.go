@@ -6,6 +6,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
+	"outbox-relay/internal/lsn"
 )
 
 // keptApart is into how many parts the kept checkpoints divide their time.
@@ -49,10 +50,10 @@ func (s *Store) Earlier(ctx context.Context) ([]Earlier, error) {
 		if err = row.Scan(&commit, &e.Position.Ordinal, &confirmed, &e.Sequence, &e.MessageID); err != nil {
 			return e, err
 		}
-		if e.Position.Commit, err = ParseLSN(commit); err != nil {
+		if e.Position.Commit, err = lsn.Parse(commit); err != nil {
 			return e, err
 		}
-		e.Confirmed, err = ParseLSN(confirmed)
+		e.Confirmed, err = lsn.Parse(confirmed)
 		return e, err
 	})
 	return earlier, s.explain("read older", err)

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgtype"
+	"outbox-relay/internal/lsn"
 )
 
 var lsnForm = regexp.MustCompile(`^0*([0-9A-Fa-f]{1,8})/0*([0-9A-Fa-f]{1,8})$`)
@@ -40,7 +41,7 @@ func FuzzPosition(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, text string, commit, ordinal, otherCommit, otherOrdinal uint64) {
 		want, legal := modelLSN(text)
-		if got, err := ParseLSN(text); legal != (err == nil) || got != want {
+		if got, err := lsn.Parse(text); legal != (err == nil) || got != want {
 			t.Fatalf("%q: %s, %v, want %s, %v", text, got, err, want, legal)
 		}
 		p, q := Position{pglogrepl.LSN(commit), ordinal}, Position{pglogrepl.LSN(otherCommit), otherOrdinal}
@@ -59,7 +60,7 @@ func FuzzPosition(f *testing.F) {
 func parsePosition(t testing.TB, text string) Position {
 	t.Helper()
 	slash := strings.LastIndexByte(text, '/')
-	lsn, err := ParseLSN(text[:max(slash, 0)])
+	lsn, err := lsn.Parse(text[:max(slash, 0)])
 	ordinal, err2 := strconv.ParseUint(text[slash+1:], 10, 64)
 	if err := errors.Join(err, err2); err != nil {
 		t.Fatalf("%q: %v", text, err)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
+	"outbox-relay/internal/lsn"
 )
 
 // Format is the version of the checkpoint row that this release writes. A row
@@ -255,9 +256,9 @@ func scan(row pgx.Row) (c Checkpoint, epoch int64, err error) {
 	case c.Phase != Creating && c.Phase != Streaming:
 		return c, epoch, fmt.Errorf("its phase is %q, which this release does not know", c.Phase)
 	}
-	if c.Position.Commit, err = ParseLSN(commit); err != nil {
+	if c.Position.Commit, err = lsn.Parse(commit); err != nil {
 		return c, epoch, err
 	}
-	c.Confirmed, err = ParseLSN(confirmed)
+	c.Confirmed, err = lsn.Parse(confirmed)
 	return c, epoch, err
 }

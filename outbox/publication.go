@@ -8,6 +8,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
+	"outbox-relay/internal/lsn"
 )
 
 // State is what one fresh snapshot of the database shows: whether inserts
@@ -49,12 +50,12 @@ func (t Table) State(ctx context.Context, conn *pgx.Conn) (State, error) {
 	if s.Snapshot, err = ParseSnapshot(snapshot); err != nil {
 		return s, err
 	}
-	if s.WALEnd, err = pglogrepl.ParseLSN(walEnd); err != nil {
+	if s.WALEnd, err = lsn.Parse(walEnd); err != nil {
 		return s, err
 	}
 	s.Standbys = NoStandbys
 	if standbys != nil {
-		s.Standbys, err = pglogrepl.ParseLSN(*standbys)
+		s.Standbys, err = lsn.Parse(*standbys)
 	}
 	return s, err
 }

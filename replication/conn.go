@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
+	"outbox-relay/internal/lsn"
 )
 
 // senderTimeout is how long Postgres keeps a slot for a relay that fell
@@ -131,7 +132,7 @@ func (s System) Left(timeline int32) (pglogrepl.LSN, error) {
 	for line := range strings.Lines(s.history) {
 		fields := strings.Fields(line)
 		if len(fields) >= 2 && fields[0] == strconv.Itoa(int(timeline)) {
-			return parseLSN(fields[1])
+			return lsn.Parse(fields[1])
 		}
 	}
 	return 0, fmt.Errorf("%w: timeline %d", ErrNotAncestor, timeline)
@@ -157,19 +158,7 @@ func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (pglo
 	case err != nil:
 		return 0, fmt.Errorf("create slot %s: %w", slot, err)
 	}
-	return parseLSN(created.ConsistentPoint)
-}
-
-// parseLSN takes the whole text or nothing. pglogrepl.ParseLSN stops at what is
-// no digit, and lets a half that is too large run over into the other.
-func parseLSN(text string) (pglogrepl.LSN, error) {
-	upper, lower, _ := strings.Cut(text, "/")
-	high, err1 := strconv.ParseUint(upper, 16, 32)
-	low, err2 := strconv.ParseUint(lower, 16, 32)
-	if err := errors.Join(err1, err2); err != nil {
-		return 0, fmt.Errorf("parse LSN %q: %w", text, err)
-	}
-	return pglogrepl.LSN(high<<32 | low), nil
+	return lsn.Parse(created.ConsistentPoint)
 }
 
 // Close ends the connection without confirming anything.

@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
+	"outbox-relay/internal/lsn"
 )
 
 // ErrNoSlot says that the slot does not exist.
@@ -39,7 +40,7 @@ func ReadSlot(ctx context.Context, conn *pgx.Conn, name string) (Slot, error) {
 	case err != nil:
 		return s, fmt.Errorf("read slot %s: %w", name, err)
 	}
-	s.Confirmed, err = parseLSN(confirmed)
+	s.Confirmed, err = lsn.Parse(confirmed)
 	return s, err
 }
 

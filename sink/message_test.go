@@ -16,6 +16,7 @@ import (
 	"github.com/nats-io/nats.go"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/internal/lsn"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/outbox"
 )
@@ -455,7 +456,7 @@ func FuzzMessage(f *testing.F) {
 			t.Fatalf("headers %q", header)
 		}
 		_, position, _ := strings.Cut(header["Outbox-Position"][0], "/")
-		lsn, err := checkpoint.ParseLSN(position[:strings.LastIndexByte(position, '/')])
+		lsn, err := lsn.Parse(position[:strings.LastIndexByte(position, '/')])
 		if err != nil || lsn != e.Position.Commit {
 			t.Fatalf("the position %q has LSN %s, %v, want %s", position, lsn, err, e.Position.Commit)
 		}
