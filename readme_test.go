@@ -48,3 +48,49 @@ func TestReadmeFolders(t *testing.T) {
 		}
 	}
 }
+
+// Each test and each fault of the suite that docs/faults.md names is there.
+func TestFaultsAreProved(t *testing.T) {
+	text := readFile(t, filepath.Join("docs", "faults.md"))
+	folders := map[string]string{"chaos": filepath.Join("internal", "chaos")}
+	tests := regexp.MustCompile("`([a-z]+)\\.(Test[A-Za-z]+)`").FindAllStringSubmatch(text, -1)
+	if len(tests) < 50 {
+		t.Fatalf("%d tests are named", len(tests))
+	}
+	for _, test := range tests {
+		folder := test[1]
+		if folders[folder] != "" {
+			folder = folders[folder]
+		}
+		if !strings.Contains(sources(t, folder), "func "+test[2]+"(") {
+			t.Errorf("%s has no %s", folder, test[2])
+		}
+	}
+	suite := sources(t, folders["chaos"])
+	link := regexp.MustCompile("^link to (Postgres|NATS) ")
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "|") {
+			continue
+		}
+		for _, fault := range strings.Split(line, "chaos: ")[1:] {
+			fault = link.ReplaceAllString(strings.TrimRight(fault, ", |\n"), "")
+			if !strings.Contains(suite, `"`+fault+`"`) {
+				t.Errorf("the suite has no fault %q", fault)
+			}
+		}
+	}
+}
+
+// sources are all Go files of a folder.
+func sources(t *testing.T, folder string) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(folder, "*.go"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("%s has no Go files: %v", folder, err)
+	}
+	var all strings.Builder
+	for _, file := range files {
+		all.WriteString(readFile(t, file))
+	}
+	return all.String()
+}

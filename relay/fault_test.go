@@ -518,6 +518,29 @@ func TestTakeOver(t *testing.T) {
 	b.requireStatus("published", ids)
 }
 
+// While Postgres can't record, as with a full disk, whose SQLSTATE a trigger
+// raises here, events are published all the same, and the slot waits.
+func TestOutcomesAreRefused(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.exec(`create function refuse() returns trigger language plpgsql as $$ begin raise exception 'not now' using errcode = 'disk_full'; end $$`)
+	r := b.streaming()
+	first := b.insert(5)
+	b.requireStatus("published", first)
+	b.exec(`create trigger refuse before update on events for each row execute function refuse()`)
+	before := b.text(`select pg_current_wal_insert_lsn()::text`)
+	ids := b.insert(5)
+	b.requireStream(append(first, ids...))
+	r.WaitLog("Postgres refuses to record outcomes")
+	b.requireStatus("pending", ids)
+	if b.confirmedPast(before) {
+		t.Fatal("the slot was confirmed past what is not recorded")
+	}
+	b.exec(`drop trigger refuse on events`)
+	b.requireStatus("published", ids)
+	requireLeaves(t, r)
+}
+
 // Triggers of the application raise warnings of the SQLSTATE that tells of a
 // commit which was not replicated.
 func TestWarningsOfTriggers(t *testing.T) {

@@ -123,3 +123,25 @@ func TestBrokerForgetsForGood(t *testing.T) {
 	requireEnd(t, f.start(noWindow), 1, "the broker forgot messages 21 to 50")
 	f.requireStream(ids)
 }
+
+// Without its checkpoint the relay can't know what it has published: it stops,
+// running or started, and confirms nothing more.
+func TestCheckpointDeletedByHand(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	r := b.streaming(noWindow)
+	b.requireStatus("published", b.insert(5))
+	before := b.text(`select pg_current_wal_insert_lsn()::text`)
+	b.exec(`delete from outbox_relay_checkpoints`)
+	late := b.insert(3)
+	requireEnd(t, r, 1, "slot "+b.slot()+" exists and has no checkpoint", "pg_drop_replication_slot('"+b.slot()+"')")
+	requireEnd(t, b.start(noWindow), 1, "has no checkpoint")
+	b.requireStatus("pending", late)
+	if b.confirmedPast(before) {
+		t.Fatal("the slot was confirmed without a checkpoint")
+	}
+	b.dropSlot()
+	b.streaming(noWindow)
+	b.requireStatus("published", b.insert(2))
+	b.requireStatus("pending", late)
+}
