@@ -43,9 +43,9 @@ func (e *AmbiguousError) Error() string {
 // events, one each, unless something else may have stood there.
 func match(tail []message, events []candidate, foreignSeen bool) (verdict, *AmbiguousError) {
 	v := verdict{stored: map[int]uint64{}}
-	index := make(map[string]int, len(events))
-	for i := len(events) - 1; i >= 0; i-- {
-		index[events[i].id] = i
+	places := make(map[string][]int, len(events)) // more than one: an id was used again
+	for i, event := range events {
+		places[event.id] = append(places[event.id], i)
 	}
 	gone := make([]message, 0, 16) // since the last match
 	for _, m := range tail {
@@ -53,8 +53,8 @@ func match(tail []message, events []candidate, foreignSeen bool) (verdict, *Ambi
 			gone = append(gone, m)
 			continue
 		}
-		i, ours := index[m.id]
-		if !ours || m.id == "" {
+		i := v.place(places[m.id])
+		if i < 0 || m.id == "" {
 			v.foreign = append(v.foreign, m)
 			continue
 		}
@@ -70,6 +70,20 @@ func match(tail []message, events []candidate, foreignSeen bool) (verdict, *Ambi
 		gone = gone[:0]
 	}
 	return v, v.trailing(events, gone, foreignSeen || len(v.foreign) > 0)
+}
+
+// place returns which of the events with a message's id is meant: the next one,
+// or one that was overtaken; -1: there is none.
+func (v *verdict) place(places []int) int {
+	for _, i := range places {
+		if i >= v.proved {
+			return i
+		}
+	}
+	if len(places) == 0 {
+		return -1
+	}
+	return places[0]
 }
 
 // before settles the events between the last match and event i: each one that

@@ -72,6 +72,8 @@ func TestMatch(t *testing.T) {
 		{name: "foreign ones among ours", tail: "? a ? b ''", events: "a b", stored: map[int]uint64{0: 12, 1: 14}, proved: 2, foreign: 3},
 		{name: "foreign ones once seen, nothing gone", tail: "a b", events: "a b", foreignSeen: true, stored: map[int]uint64{0: 11, 1: 12}, proved: 2},
 		{name: "overtaken", tail: "? b", events: "a b c", stored: map[int]uint64{1: 12}, proved: 2, foreign: 1},
+		{name: "an id used again", tail: "a b a c", events: "a b a c", stored: map[int]uint64{0: 11, 1: 12, 2: 13, 3: 14}, proved: 4},
+		{name: "an id used again, not stored yet", tail: "a b", events: "a b a c", stored: map[int]uint64{0: 11, 1: 12}, proved: 2},
 		{name: "overtaken, and sent again", tail: "? b a", events: "a b c", stored: map[int]uint64{0: 13, 1: 12}, proved: 2, foreign: 1},
 		{name: "overtaken by many", tail: "? b c", events: "a b c", stored: map[int]uint64{1: 12, 2: 13}, proved: 3, foreign: 1},
 	} {
@@ -193,5 +195,29 @@ func TestMatchAgainstAllHistories(t *testing.T) {
 	}
 	if ambiguous == 0 || ambiguous > 15000 {
 		t.Errorf("%d of 20000 ambiguous: the worlds are one-sided", ambiguous)
+	}
+}
+
+func TestAllFound(t *testing.T) {
+	for _, c := range []struct {
+		tail, events string
+		want         int // how many events are enough; 0: all are wanted
+	}{
+		{"a b", "a b c", 2},
+		{"b", "a b c", 2},
+		{"a b a", "a b a c", 3},
+		{"a ? b", "a b c", 0},
+		{"a '' b", "a b c", 0},
+		{"a -", "a b c", 0},
+	} {
+		enough, got := allFound(tailOf(c.tail)), 0
+		for i, event := range eventsOf(c.events) {
+			if enough(event.id) && got == 0 {
+				got = i + 1
+			}
+		}
+		if got != c.want {
+			t.Errorf("%q in %q: %d, want %d", c.tail, c.events, got, c.want)
+		}
 	}
 }

@@ -69,12 +69,15 @@ func (c *Client) Resume(ctx context.Context, s Stream, after uint64, foreign boo
 // which each message has its event. With a message gone it never is: any event
 // may be that message's.
 func allFound(tail []message) func(id string) bool {
-	missing, gone := make(map[string]bool, len(tail)), false
+	missing, gone := make(map[string]int, len(tail)), false // an id can be used again
 	for _, m := range tail {
-		missing[m.id], gone = true, gone || m.gone
+		missing[m.id]++
+		gone = gone || m.gone
 	}
 	return func(id string) bool {
-		delete(missing, id)
+		if missing[id]--; missing[id] <= 0 {
+			delete(missing, id)
+		}
 		return len(missing) == 0 && !gone
 	}
 }
