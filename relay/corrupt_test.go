@@ -242,3 +242,39 @@ func TestMessagesCutAndFlipped(t *testing.T) {
 	b.requireStream(ids)
 	requireLeaves(t, r)
 }
+
+// A transaction that says that it commits where no WAL is yet leaves no
+// checkpoint there: the next relay would pass over every event up to it.
+func TestBeginBeyondTheEndOfWAL(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	c, through := b.corrupting()
+	b.streaming().Terminate()
+	c.arm(message25('B', flip(3, 1))) // bit 40 of the commit LSN
+	r := b.start(through)
+	ids := b.insert(30_000)
+	requireEnd(t, r, 1, "malformed")
+	c.arm(nil)
+	r = b.streaming(through)
+	ids = append(ids, b.insert(5)...)
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	requireLeaves(t, r)
+}
+
+// A keepalive that names WAL which is not written yet is not confirmed: the slot
+// would pass over what is to come.
+func TestKeepaliveBeyondTheEndOfWAL(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	c, through := b.corrupting()
+	b.streaming().Terminate()
+	c.arm(frame('k', flip(3, 1))) // bit 40 of the WAL end
+	requireEnd(t, b.start(through), 1, "malformed")
+	c.arm(nil)
+	r := b.streaming(through)
+	ids := b.insert(5)
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	requireLeaves(t, r)
+}

@@ -9,6 +9,7 @@ import (
 	"github.com/jackc/pglogrepl"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/decoder"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 )
@@ -208,11 +209,16 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	if state.Unlogged {
 		return false, r.table.CheckPublication(ctx, r.sql)
 	}
-	r.confirmPending(state)
+	if err := r.confirmPending(state); err != nil {
+		return false, err
+	}
 	if r.ownEnd == 0 {
 		r.ownEnd = state.WALEnd
 	}
 	batch := r.tracker.Batch(recordLimit, state.Snapshot.Visible)
+	if len(batch.Items) > 0 && batch.Position.Commit >= state.WALEnd {
+		return false, fmt.Errorf("%w: a transaction that can be seen commits at %s, and WAL ends at %s", decoder.ErrMalformed, batch.Position.Commit, state.WALEnd)
+	}
 	if len(batch.Items) > 0 || r.worthConfirming(batch) {
 		if err := r.record(ctx, batch); err != nil {
 			return false, err
@@ -245,13 +251,17 @@ func (r *recorder) mayConfirm() bool {
 
 // confirmPending confirms what was recorded before the look. Where
 // synchronized_standby_slots names standbys, these must have passed the
-// checkpoint's own commit, or a promoted one has a slot ahead of it.
-func (r *recorder) confirmPending(state outbox.State) {
+// checkpoint's own commit, or a promoted one has a slot ahead of it. WAL is never
+// confirmed before it is written: the slot would pass over events that are to come.
+func (r *recorder) confirmPending(state outbox.State) error {
 	n := 0
 	for i := range r.pending {
 		c := &r.pending[i]
 		if c.after == 0 {
 			c.after = state.WALEnd
+		}
+		if c.lsn > state.WALEnd {
+			return fmt.Errorf("%w: everything up to %s is done, and WAL ends at %s", replication.ErrMalformed, c.lsn, state.WALEnd)
 		}
 		if state.Standbys < c.after || time.Now().Before(c.due) {
 			break
@@ -260,6 +270,7 @@ func (r *recorder) confirmPending(state outbox.State) {
 		n++
 	}
 	r.pending = append(r.pending[:0], r.pending[n:]...)
+	return nil
 }
 
 // worthConfirming reports whether an outbox without events is to be confirmed:
