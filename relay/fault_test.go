@@ -99,15 +99,7 @@ func TestLinkToNATSCutWithThousandsInFlight(t *testing.T) {
 		from := b.last()
 		testenv.Eventually(t, "events on their way", func() bool { return b.last() > from+1000 })
 		proxy.StallDirection(testenv.Downstream, true) // no ack comes through
-		// The window fills, and all of it is stored and not acknowledged.
-		last, same := b.last(), 0
-		testenv.Eventually(t, "the stream at rest", func() bool {
-			now := b.last()
-			if same++; now != last {
-				last, same = now, 0
-			}
-			return same > 20
-		})
+		b.awaitRest()                                  // the window fills, and all of it is stored and not acknowledged
 		proxy.Cut()
 		proxy.StallDirection(testenv.Downstream, false)
 	}
@@ -116,6 +108,48 @@ func TestLinkToNATSCutWithThousandsInFlight(t *testing.T) {
 	if code := r.Terminate(); code != 0 {
 		t.Fatalf("exit code %d", code)
 	}
+}
+
+// awaitRest waits until the stream gets no more messages.
+func (b *bundle) awaitRest() {
+	b.Helper()
+	last, same := b.last(), 0
+	testenv.Eventually(b, "the stream at rest", func() bool {
+		now := b.last()
+		if same++; now != last {
+			last, same = now, 0
+		}
+		return same > 20
+	})
+}
+
+// What a relay that was killed had still under way lands while its successor
+// matches the stream with the slot: behind what was matched, it is matched again.
+func TestLateCopiesLandWhileMatching(t *testing.T) {
+	b := setup(t)
+	proxy := testenv.NewProxy(t, strings.TrimPrefix(b.nats.URL(), "nats://"))
+	var ids, left []string // all, and those whose message was not deleted
+	for range 4 {
+		r := b.streaming(noWindow, "NATS_URL=nats://"+proxy.Addr())
+		first := len(ids)
+		ids = append(ids, b.insert(40_000)...)
+		testenv.Eventually(t, "events on their way", func() bool { return b.last() > uint64(first)+1000 })
+		proxy.Stall(true) // some are stored and nobody hears of it, others are under way
+		b.awaitRest()
+		r.Kill()
+		// With a message gone, all that the slot has is read to match: a while.
+		gone := int(b.last())
+		b.must(b.stream().DeleteMsg(t.Context(), uint64(gone)))
+		left = append(append(left, ids[first:gone-1]...), ids[gone:]...)
+		r = b.start(noWindow)
+		testenv.Eventually(t, "matching, or nothing to match", func() bool {
+			return strings.Contains(r.Logs(), "matching the stream") || strings.Contains(r.Logs(), "msg=streaming")
+		})
+		proxy.Stall(false)
+		b.requireStatus("published", ids[first:])
+		requireLeaves(t, r)
+	}
+	b.requireStream(left)
 }
 
 // publish puts a message into the stream by hand.

@@ -151,9 +151,11 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		return from, s.explainResume(ctx, *cp, err)
 	}
 	if read {
+		matched := s.stream // what has landed since is for the chain to find
 		if from.reader, err = s.restart(ctx, *cp); err != nil {
 			return from, err
 		}
+		s.stream = matched
 	}
 	cp.Timeline, cp.Bound = s.system.Timeline, unrecordedBound
 	if cp.Publication == "" { // accepted as it is
