@@ -30,7 +30,10 @@ type Config struct {
 	Headers          Headers
 	Source           Source
 	AfterPublish     AfterPublish
+	Retention        time.Duration // of published rows; 0: for ever
 	OnReject         OnReject
+	Retry            Retry
+	Backfill         bool
 	MaxInflight      int   // messages sent and unacknowledged
 	MaxInflightBytes int64 // the same in bytes
 	ConfirmDelay     time.Duration
@@ -68,6 +71,12 @@ type Stream struct {
 	Replicas        int
 	MaxAge          time.Duration // 0: without limit
 	DuplicateWindow time.Duration // 0: the server's choice
+}
+
+// Retry says how often a failed event is tried again without being asked.
+type Retry struct {
+	Attempts int           // 0: never
+	Backoff  time.Duration // from a failure to its first retry, doubled by each
 }
 
 // Log says how much is logged, and how.
@@ -163,11 +172,17 @@ func (e *environment) config(f *faults) Config {
 			MaxAge:          read(f, e.StreamMaxAge, parseServerDuration),
 			DuplicateWindow: read(f, e.StreamDuplicateWindow, parseServerDuration),
 		},
-		Subject:          read(f, e.Subject, ParseSubject),
-		Headers:          read(f, e.Headers, oneOf(HeadersCloudEvents, HeadersMinimal)),
-		Source:           read(f, e.Source, parseSource),
-		AfterPublish:     read(f, e.AfterPublish, oneOf(AfterPublishMark, AfterPublishDelete, AfterPublishKeep)),
-		OnReject:         read(f, e.OnReject, oneOf(OnRejectPark, OnRejectHalt)),
+		Subject:      read(f, e.Subject, ParseSubject),
+		Headers:      read(f, e.Headers, oneOf(HeadersCloudEvents, HeadersMinimal)),
+		Source:       read(f, e.Source, parseSource),
+		AfterPublish: read(f, e.AfterPublish, oneOf(AfterPublishMark, AfterPublishDelete, AfterPublishKeep)),
+		Retention:    read(f, e.Retention, parseDuration),
+		OnReject:     read(f, e.OnReject, oneOf(OnRejectPark, OnRejectHalt)),
+		Retry: Retry{
+			Attempts: read(f, e.RetryAttempts, between(0, 100)),
+			Backoff:  read(f, e.RetryBackoff, parseBackoff),
+		},
+		Backfill:         read(f, e.Backfill, parseBool),
 		MaxInflight:      read(f, e.MaxInflight, between(1, 65536)),
 		MaxInflightBytes: read(f, e.MaxInflightBytes, parseInflightBytes),
 		ConfirmDelay:     read(f, e.ConfirmDelay, parseDuration),
@@ -180,6 +195,7 @@ func (e *environment) config(f *faults) Config {
 	}
 	e.checkNATS(f, cfg.NATS.Servers)
 	e.checkStream(f, cfg.Stream)
+	e.checkRetention(f, cfg)
 	return cfg
 }
 
@@ -227,5 +243,13 @@ func (e *environment) checkStream(f *faults, s Stream) {
 	if s.Create && s.MaxAge > 0 && s.DuplicateWindow > s.MaxAge {
 		f.add(e.StreamDuplicateWindow.name, "is %s, longer than %s, %s: shorten it, or set it to 0 for the server's choice",
 			s.DuplicateWindow, e.StreamMaxAge.name, s.MaxAge)
+	}
+}
+
+// checkRetention refuses a retention that would never find a published row.
+func (e *environment) checkRetention(f *faults, cfg Config) {
+	if cfg.Retention > 0 && cfg.AfterPublish == AfterPublishKeep {
+		f.add(e.Retention.name, "is %s, and %s=%s marks no row published: unset one of them",
+			cfg.Retention, e.AfterPublish.name, AfterPublishKeep)
 	}
 }

@@ -138,6 +138,8 @@ func TestDefaults(t *testing.T) {
 		Source:           "/{database}/{slot}",
 		AfterPublish:     AfterPublishMark,
 		OnReject:         OnRejectPark,
+		Retry:            Retry{Backoff: time.Minute},
+		Backfill:         true,
 		MaxInflight:      8192,
 		MaxInflightBytes: 64 << 20,
 		HTTPAddr:         "127.0.0.1:8080",
@@ -155,7 +157,7 @@ func TestEverythingSet(t *testing.T) {
 		"NATS_USER": " u ", "NATS_PASSWORD": " p ", "NATS_TLS_FIRST": "true", "NATS_DOMAIN": "hub", "NATS_INBOX_PREFIX": "_IN.relay",
 		"STREAM": "Orders-1", "STREAM_CREATE": "false", "STREAM_REPLICAS": "3", "STREAM_MAX_AGE": "24h", "STREAM_DUPLICATE_WINDOW": "0",
 		"SUBJECT": "shop.eu.{aggregate_type}", "HEADERS": "Minimal", "SOURCE": "urn:shop:{slot}",
-		"AFTER_PUBLISH": "keep", "ON_REJECT": "halt", "MAX_INFLIGHT": "1", "MAX_INFLIGHT_BYTES": "1GB", "CONFIRM_DELAY": "5m",
+		"AFTER_PUBLISH": "delete", "RETENTION": "168h", "ON_REJECT": "halt", "RETRY_ATTEMPTS": "5", "RETRY_BACKOFF": "90s", "BACKFILL": "false", "MAX_INFLIGHT": "1", "MAX_INFLIGHT_BYTES": "1GB", "CONFIRM_DELAY": "5m",
 		"HTTP_ADDR": "", "LOG_LEVEL": "DEBUG", "LOG_FORMAT": "json", "SHUTDOWN_GRACE": "0",
 	})
 	equal(t, "url", value(t, cfg.Postgres.URL), dsn)
@@ -170,8 +172,10 @@ func TestEverythingSet(t *testing.T) {
 		Stream:           Stream{Name: "Orders-1", Replicas: 3, MaxAge: 24 * time.Hour},
 		Headers:          HeadersMinimal,
 		Source:           "urn:shop:{slot}",
-		AfterPublish:     AfterPublishKeep,
+		AfterPublish:     AfterPublishDelete,
+		Retention:        7 * 24 * time.Hour,
 		OnReject:         OnRejectHalt,
+		Retry:            Retry{Attempts: 5, Backoff: 90 * time.Second},
 		MaxInflight:      1,
 		MaxInflightBytes: 1e9,
 		ConfirmDelay:     5 * time.Minute,
@@ -241,6 +245,11 @@ func TestFaults(t *testing.T) {
 		{"source", vars{"SOURCE": "/{table}"}, []string{`OUTBOX_SOURCE is "/{table}": its placeholders are {database} and {slot}`}},
 		{"source, not a uri", vars{"SOURCE": "/a b"}, []string{`OUTBOX_SOURCE is "/a b": a CloudEvents source is a URI`}},
 		{"after publish", vars{"AFTER_PUBLISH": "drop"}, []string{`OUTBOX_AFTER_PUBLISH is "drop": it can be mark, delete or keep`}},
+		{"retention", vars{"RETENTION": "7d"}, []string{`OUTBOX_RETENTION is "7d": write a duration with its unit`}},
+		{"retention of nothing", vars{"RETENTION": "1h", "AFTER_PUBLISH": "keep"}, []string{"OUTBOX_RETENTION is 1h0m0s, and OUTBOX_AFTER_PUBLISH=keep marks no row published: unset one of them"}},
+		{"retries", vars{"RETRY_ATTEMPTS": "101"}, []string{`OUTBOX_RETRY_ATTEMPTS is "101": write a whole number from 0 to 100`}},
+		{"backoff", vars{"RETRY_BACKOFF": "0"}, []string{`OUTBOX_RETRY_BACKOFF is "0": it must be at least 1s`}},
+		{"backfill", vars{"BACKFILL": "yes"}, []string{`OUTBOX_BACKFILL is "yes": it can be true or false`}},
 		{"on reject", vars{"ON_REJECT": "skip"}, []string{`OUTBOX_ON_REJECT is "skip": it can be park or halt`}},
 		{"inflight", vars{"MAX_INFLIGHT": "0"}, []string{"OUTBOX_MAX_INFLIGHT is \"0\": write a whole number from 1 to 65536"}},
 		{"inflight bytes", vars{"MAX_INFLIGHT_BYTES": "1MB"}, []string{"OUTBOX_MAX_INFLIGHT_BYTES is \"1MB\": it must be at least 1MiB"}},
@@ -249,9 +258,8 @@ func TestFaults(t *testing.T) {
 		{"level", vars{"LOG_LEVEL": "trace"}, []string{`OUTBOX_LOG_LEVEL is "trace": it can be debug, info, warn or error`}},
 		{"format", vars{"LOG_FORMAT": "xml"}, []string{"OUTBOX_LOG_FORMAT"}},
 		{"typing error", vars{"STREM": canary}, []string{"OUTBOX_STREM is not known: a typing error? did you mean OUTBOX_STREAM"}},
-		{"later", vars{"RETENTION": "1h", "RETRY_ATTEMPTS": "1", "RETRY_BACKOFF": "1s", "BACKFILL": "x", "HTTP_TOKEN": canary, "COLUMN_ID": "id"}, []string{
-			"OUTBOX_BACKFILL is not in this release", "OUTBOX_COLUMN_ID is not in this release", "OUTBOX_HTTP_TOKEN is not in this release",
-			"OUTBOX_RETENTION is not in this release, a later one brings it: unset it", "OUTBOX_RETRY_ATTEMPTS is not in this release", "OUTBOX_RETRY_BACKOFF is not in this release"}},
+		{"later", vars{"HTTP_TOKEN": canary, "COLUMN_ID": "id"}, []string{
+			"OUTBOX_COLUMN_ID is not in this release", "OUTBOX_HTTP_TOKEN is not in this release, a later one brings it: unset it"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got := faultsOf(t, with(test.vars))

@@ -46,7 +46,11 @@ type environment struct {
 	Headers               text `split_words:"true" default:"cloudevents" desc:"cloudevents or minimal"`
 	Source                text `split_words:"true" default:"/{database}/{slot}" desc:"the CloudEvents source"`
 	AfterPublish          text `split_words:"true" default:"mark" desc:"mark the row published, delete it, or keep it untouched"`
+	Retention             text `split_words:"true" default:"0" desc:"remove published rows older than this, in small batches; 0: off"`
 	OnReject              text `split_words:"true" default:"park" desc:"park an event that JetStream can never take, or halt before it"`
+	RetryAttempts         text `split_words:"true" default:"0" desc:"retry a failed event that can be sent by now so many times, at most 100; 0: off"`
+	RetryBackoff          text `split_words:"true" default:"1m" desc:"from a failure to its retry, doubled by each retry; at least 1s"`
+	Backfill              text `split_words:"true" default:"true" desc:"publish rows that were pending before the slot was made"`
 	MaxInflight           text `split_words:"true" default:"8192" desc:"messages sent and unacknowledged, 1 to 65536"`
 	MaxInflightBytes      text `split_words:"true" default:"64MiB" desc:"the same in bytes, at least 1MiB"`
 	ConfirmDelay          text `split_words:"true" default:"0" desc:"hold the slot back this long behind the checkpoint: longer than the broker's sync interval"`

@@ -71,6 +71,14 @@ func parseServerDuration(s string) (time.Duration, error) {
 	return d, err
 }
 
+func parseBackoff(s string) (time.Duration, error) {
+	d, err := parseDuration(s)
+	if err == nil && d < time.Second {
+		return 0, fmt.Errorf("is %q: it must be at least 1s", s)
+	}
+	return d, err
+}
+
 // units of a size, the longer names first.
 var units = []struct {
 	name  string
