@@ -27,10 +27,12 @@ const (
 	functionName    = "on_events_create" // and its trigger
 	ulidName        = "gen_random_ulid"
 	publicationName = "outbox_relay"
+	retryName       = "outbox_retry"
+	retryAllName    = "outbox_retry_all"
 )
 
-// constraintNames are derived from the table's name, which is their prefix.
-var constraintNames = []string{
+// derivedNames are of the table's constraints and index; its name is their prefix.
+var derivedNames = []string{
 	"events_id_primary_key",
 	"events_id_version_unique",
 	"events_id_check",
@@ -38,6 +40,7 @@ var constraintNames = []string{
 	"events_aggregate_type_check",
 	"events_event_type_check",
 	"events_status_check",
+	"events_failed_at_index",
 }
 
 // messageColumns are what every message needs of a row.
@@ -62,6 +65,23 @@ type Target struct {
 
 // String is the table's name for people.
 func (t Target) String() string { return display(t.Schema) + "." + display(t.Table) }
+
+// RetryFunction returns the name, unquoted, of the function in the table's schema
+// that takes ids (variadic text[]) and has those rows published again that have
+// failed. It returns how many as a bigint.
+func RetryFunction(table string) string { return ofTable(retryName, table) }
+
+// RetryAllFunction returns the name of the one that takes nothing, and all that
+// the relay has parked.
+func RetryAllFunction(table string) string { return ofTable(retryAllName, table) }
+
+// ofTable makes a function's name one that other outboxes in the schema have not.
+func ofTable(function, table string) string {
+	if table == tableName {
+		return function
+	}
+	return function + "_" + table
+}
 
 // File is a piece of SQL that can be run by psql alone.
 type File struct {
@@ -122,7 +142,9 @@ func (t Target) identifiers() map[string]string {
 	if t.Table != tableName {
 		m[tableName] = quote(t.Table)
 		m[functionName] = quote("on_" + t.Table + "_create")
-		for _, name := range constraintNames {
+		m[retryName] = quote(RetryFunction(t.Table))
+		m[retryAllName] = quote(RetryAllFunction(t.Table))
+		for _, name := range derivedNames {
 			m[name] = quote(t.Table + strings.TrimPrefix(name, tableName))
 		}
 	}

@@ -24,8 +24,8 @@ func render(t *testing.T, target Target) []File {
 
 func TestRenderUsualIsTheFilesToTheByte(t *testing.T) {
 	rendered := render(t, usual)
-	if len(rendered) != 2 {
-		t.Fatalf("%d files, want 2", len(rendered))
+	if len(rendered) != 3 {
+		t.Fatalf("%d files, want 3", len(rendered))
 	}
 	for _, f := range rendered {
 		want, err := os.ReadFile(f.Name)
@@ -67,13 +67,18 @@ func TestRenderRenames(t *testing.T) {
 		`select outbox_relay_publish('orders', '"order_events"', array[`,
 		`create table if not exists outbox_relay_checkpoints`,
 		`comment on column "order_events".headers`,
+		`create index if not exists "order_events_failed_at_index" on "order_events" (failed_at)`,
+		`create or replace function "outbox_retry_order_events"(variadic ids text[])`,
+		`create or replace function "outbox_retry_all_order_events"()`,
+		`select "outbox_retry_order_events"(variadic array(select id from "order_events"`,
+		`'outbox_relay:' || '"order_events"'::regclass::oid`,
 	} {
 		if !strings.Contains(sql, want) {
 			t.Errorf("lacks %s", want)
 		}
 	}
 	code := regexp.MustCompile(`--[^\n]*|'(?:[^']|'')*'`).ReplaceAllString(sql, "")
-	if left := regexp.MustCompile(`\b(on_)?events\w*|\boutbox_relay\b`).FindAllString(code, -1); left != nil {
+	if left := regexp.MustCompile(`\b(on_)?events\w*|\boutbox_relay\b|\boutbox_retry(_all)?\b`).FindAllString(code, -1); left != nil {
 		t.Errorf("old names are left: %q", left)
 	}
 }

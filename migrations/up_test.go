@@ -147,7 +147,7 @@ func TestUp(t *testing.T) {
 			config, conn := newDatabase(t)
 			execute(t, conn, "create schema if not exists "+quote(target.Schema))
 			log := up(t, config, target)
-			for _, want := range []string{"file=001_events.sql", "file=002_outbox_relay.sql"} {
+			for _, want := range []string{"file=001_events.sql", "file=002_outbox_relay.sql", "file=003_lifecycle.sql"} {
 				if strings.Count(log, want) != 1 {
 					t.Errorf("log lacks %s once:\n%s", want, log)
 				}
@@ -163,8 +163,8 @@ func TestUp(t *testing.T) {
 				t.Errorf("the second run changed the publication: %s, was %s", after, before)
 			}
 			versions := query[int](t, conn, "select count(*)::int from "+quote(target.Schema)+"."+quote(target.Table+"_migrations")+" where version_id > 0")
-			if versions != 2 {
-				t.Errorf("%d versions, want 2", versions)
+			if versions != 3 {
+				t.Errorf("%d versions, want 3", versions)
 			}
 		})
 	}
