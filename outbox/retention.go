@@ -1,0 +1,109 @@
+package outbox
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Removal is one step of a walk through the table, in the order of ids.
+type Removal struct {
+	Walked  int    // rows looked at
+	Removed int    // those of them that went
+	Last    string // id of the last row looked at: where the next step begins
+	// End says that no row behind Last is old enough: there is none, or the ids
+	// are ULIDs, and say when each was made.
+	End bool
+}
+
+// RemovePublished looks at the next limit rows behind the id after and removes
+// those that were published longer than age ago. A row stays that the
+// application holds locked, for which an outcome still waits, or that is being
+// published once more.
+//
+// It walks by primary key since there is no index on status or published_at:
+// with one, marking a row published would not stay on its page (HOT). The limit
+// stands in the text, or a generic plan would take it for a tenth of the table;
+// an array is looked up in the index whatever the planner believes of the sizes.
+// One statement is a short transaction, which holds up neither writers nor vacuum,
+// and SKIP LOCKED never waits for the application.
+func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string, age time.Duration, limit int) (Removal, error) {
+	var r Removal
+	var last, final made
+	var cutoff time.Time
+	err := conn.QueryRow(ctx, fmt.Sprintf(`with walked as materialized (
+			select id, created_at from %[1]s where id > $1 order by id limit %[2]d),
+		old as materialized (select e.id from %[1]s e where e.id = any (array(select id from walked))
+				and e.status = 'published' and e.published_at < now() - $2::interval
+				and e.id not in (select id from %[3]s where waiting)
+				and e.id not in (select unnest(ids) from %[4]s)
+			for update of e skip locked),
+		removed as (delete from %[1]s where id = any (array(select id from old)) returning 1)
+		select (select count(*) from walked), (select count(*) from removed), now() - $2::interval,
+			last.id, last.created_at, final.id, final.created_at
+		from (select id, created_at from walked order by id desc limit 1) last,
+			(select id, created_at from %[1]s order by id desc limit 1) final`,
+		t, limit, t.leftovers(), t.own("outbox_relay_batches")), after, age).
+		Scan(&r.Walked, &r.Removed, &cutoff, &last.id, &last.at, &final.id, &final.at)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows): // nothing is behind after
+		return Removal{Last: after, End: true}, nil
+	case err != nil:
+		return r, fmt.Errorf("remove published rows of %s: %w", t, err)
+	}
+	r.Last = last.id
+	r.End = r.Walked < limit || noneOlder(last, final, cutoff)
+	return r, nil
+}
+
+func (t Table) own(name string) string { return pgx.Identifier{t.Schema, name}.Sanitize() }
+
+// made is a row's id and its created_at.
+type made struct {
+	id string
+	at time.Time
+}
+
+// noneOlder reports whether no row from last to final, the table's last one, was
+// made before the cutoff. It is so where both ids are ULIDs behind one prefix:
+// so are those between them, and each tells when it was made. Of any other ids
+// nothing is known.
+func noneOlder(last, final made, cutoff time.Time) bool {
+	prefix, at, ok := last.ulid()
+	common, _, also := final.ulid()
+	return ok && also && prefix == common && at.After(cutoff)
+}
+
+// crockford is the alphabet of ULIDs, in the order of their values, which is
+// also that of every collation.
+const crockford = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+
+// A ULID has 26 characters, the first 10 of them milliseconds since 1970.
+const ulidLength, ulidTimeLength = 26, 10
+
+// ulid splits the id into a prefix and the time in the ULID behind it. What reads
+// like one by chance is told by created_at: a transaction begins at most a day
+// before it inserts.
+func (m made) ulid() (prefix string, at time.Time, ok bool) {
+	split := len(m.id) - ulidLength
+	if split < 0 {
+		return "", at, false
+	}
+	prefix, text := m.id[:split], m.id[split:]
+	var ms int64
+	for i := range len(text) {
+		value := strings.IndexByte(crockford, text[i])
+		if value < 0 {
+			return "", at, false
+		}
+		if i < ulidTimeLength {
+			ms = ms<<5 | int64(value)
+		}
+	}
+	at = time.UnixMilli(ms)
+	return prefix, at, at.Sub(m.at).Abs() < 24*time.Hour
+}
