@@ -17,8 +17,14 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-//go:embed *.sql
+//go:embed *.sql partitioned/*.sql
 var files embed.FS
+
+const (
+	definitionFile  = "001_events.sql"
+	definitionStart = "create or replace function on_events_create()" // up to the file's end
+	partitionedFile = "partitioned/events.sql"                        // in its place
+)
 
 // What the files call things. Render gives them other names.
 const (
@@ -31,7 +37,8 @@ const (
 	retryAllName    = "outbox_retry_all"
 )
 
-// derivedNames are of the table's constraints and index; its name is their prefix.
+// derivedNames are of the table's constraints, index and default partition; its
+// name is their prefix.
 var derivedNames = []string{
 	"events_id_primary_key",
 	"events_id_version_unique",
@@ -41,6 +48,7 @@ var derivedNames = []string{
 	"events_event_type_check",
 	"events_status_check",
 	"events_failed_at_index",
+	"events_default",
 }
 
 // messageColumns are what every message needs of a row.
@@ -61,10 +69,14 @@ type Target struct {
 	Table       string // at most 42 bytes, since constraints are named after it
 	Publication string
 	Columns     []string // what messages need beyond the usual columns; they have to exist
+	Partitioned bool     // where the table is not there yet, make it partitioned by range of created_at
 }
 
 // String is the table's name for people.
 func (t Target) String() string { return display(t.Schema) + "." + display(t.Table) }
+
+// qualified is the table's name for SQL.
+func (t Target) qualified() string { return quote(t.Schema) + "." + quote(t.Table) }
 
 // RetryFunction returns the name, unquoted, of the function in the table's schema
 // that takes ids (variadic text[]) and has those rows published again that have
@@ -90,8 +102,8 @@ type File struct {
 }
 
 // Render returns the migrations for t, in the order in which they have to be run.
-// For public.events, published as outbox_relay, they are the embedded files to
-// the byte. Where t has further columns, a last file adds them to the
+// For public.events, published as outbox_relay and not partitioned, they are the
+// embedded files to the byte. Where t has further columns, a last file adds them to the
 // publication. A fault in t's names is the only error.
 func Render(t Target) ([]File, error) {
 	if err := t.check(); err != nil {
@@ -118,13 +130,24 @@ func (t Target) numbered() ([]File, error) {
 	}
 	var rendered []File
 	for _, name := range names {
-		sql, err := files.ReadFile(name)
+		sql, err := t.source(name)
 		if err != nil {
 			return nil, err
 		}
-		rendered = append(rendered, File{Name: name, SQL: t.rewrite(string(sql))})
+		rendered = append(rendered, File{Name: name, SQL: t.rewrite(sql)})
 	}
 	return rendered, nil
+}
+
+// source returns the file with the definition of the table that t asks for.
+func (t Target) source(name string) (string, error) {
+	sql, err := files.ReadFile(name)
+	if err != nil || name != definitionFile || !t.Partitioned {
+		return string(sql), err
+	}
+	partitioned, err := files.ReadFile(partitionedFile)
+	before, _, _ := strings.Cut(string(sql), definitionStart)
+	return before + string(partitioned), err
 }
 
 func (t Target) rewrite(sql string) string {
@@ -178,7 +201,7 @@ func (t Target) publish() string {
 		}
 	}
 	return fmt.Sprintf("select outbox_relay_publish(%s, %s, array[\n    %s])",
-		literal(t.Publication), literal(quote(t.Schema)+"."+quote(t.Table)), strings.Join(columns, ", "))
+		literal(t.Publication), literal(t.qualified()), strings.Join(columns, ", "))
 }
 
 func (t Target) check() error {

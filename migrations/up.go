@@ -65,6 +65,9 @@ func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error 
 	if err != nil {
 		return err
 	}
+	if err := checkTable(ctx, db, t); err != nil {
+		return err
+	}
 	changed, err := publish(ctx, db, t)
 	if err != nil {
 		return fmt.Errorf("publication %s: %w", display(t.Publication), err)
@@ -199,6 +202,19 @@ func (f File) run(ctx context.Context, tx *sql.Tx) error {
 	return nil
 }
 
+// checkTable refuses what was made of the table since its migrations were applied.
+func checkTable(ctx context.Context, db *sql.DB, t Target) error {
+	if _, err := db.ExecContext(ctx, "select outbox_relay_check_partition_key($1::regclass)", t.qualified()); err != nil {
+		return err
+	}
+	var partitioned bool
+	err := db.QueryRowContext(ctx, "select relkind = 'p' from pg_class where oid = $1::regclass", t.qualified()).Scan(&partitioned)
+	if err == nil && t.Partitioned && !partitioned {
+		err = errors.New("the table is there already and is not partitioned: name another (OUTBOX_TABLE), or leave out --partitioned")
+	}
+	return err
+}
+
 // publish reports whether there was anything to change.
 func publish(ctx context.Context, db *sql.DB, t Target) (changed bool, err error) {
 	const state = "select coalesce(outbox_relay_publication_state($1, $2::regclass), '')"
@@ -208,7 +224,7 @@ func publish(ctx context.Context, db *sql.DB, t Target) (changed bool, err error
 	}
 	defer tx.Rollback()
 	var before, after string
-	table := quote(t.Schema) + "." + quote(t.Table)
+	table := t.qualified()
 	if err := tx.QueryRowContext(ctx, state, t.Publication, table).Scan(&before); err != nil {
 		return false, err
 	}
