@@ -60,6 +60,36 @@ func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string
 	return r, nil
 }
 
+// TimePartitioned reports whether the table is partitioned by range of a time, so
+// that old rows go with their partition.
+func (t Table) TimePartitioned(ctx context.Context, conn *pgx.Conn) (bool, error) {
+	var yes bool
+	err := conn.QueryRow(ctx, `select exists (select from pg_catalog.pg_partitioned_table p
+		join pg_catalog.pg_attribute a on a.attrelid = p.partrelid and a.attnum = p.partattrs[0]
+		where p.partrelid = pg_catalog.to_regclass($1) and p.partstrat = 'r' and p.partnatts = 1
+			and a.atttypid in ('timestamptz'::regtype, 'timestamp'::regtype, 'date'::regtype))`, t.String()).Scan(&yes)
+	if err != nil {
+		return false, fmt.Errorf("look how %s is partitioned: %w", t, err)
+	}
+	return yes, nil
+}
+
+// DropPartitions drops the partitions whose time ended longer than age ago, and of
+// which each row was published longer ago than that. It returns their names. What
+// is in use is left, and told of in a notice. The owner's function does it, which
+// migrate makes.
+func (t Table) DropPartitions(ctx context.Context, conn *pgx.Conn, age time.Duration) ([]string, error) {
+	rows, err := conn.Query(ctx, `select `+t.function("outbox_relay_drop_partitions")+`($1::text::regclass, $2)`, t.String(), age)
+	if err != nil {
+		return nil, fmt.Errorf("drop partitions of %s: %w", t, err)
+	}
+	names, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, fmt.Errorf("drop partitions of %s: %w", t, err)
+	}
+	return names, nil
+}
+
 func (t Table) own(name string) string { return pgx.Identifier{t.Schema, name}.Sanitize() }
 
 // made is a row's id and its created_at.

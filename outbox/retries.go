@@ -30,7 +30,7 @@ func (r Retries) Due(ctx context.Context, conn *pgx.Conn, t Table, after Failure
 		where (failed_at, id) > ($1, $2) and failed_at <= now() - $3::interval and status = 'failed'
 			and retried_attempts < $4
 			and extract(epoch from now() - failed_at) >= extract(epoch from $3::interval) * 2 ^ least(retried_attempts, 100)
-			and id <> all ($5)
+			and id <> all (coalesce($5::text[], '{}'))
 		order by failed_at, id limit %d`, t, limit), after.At, after.ID, r.Backoff, r.Attempts, except)
 	if err != nil {
 		return nil, fmt.Errorf("look for failed rows of %s: %w", t, err)

@@ -24,7 +24,7 @@ func (b *bundle) due(r outbox.Retries, limit int, except ...string) []string {
 	b.Helper()
 	ids := []string{}
 	for after := (outbox.Failure{}); ; {
-		due, err := r.Due(b.Context(), b.relay, b.table, after, append([]string{}, except...), limit)
+		due, err := r.Due(b.Context(), b.relay, b.table, after, except, limit)
 		b.must(err)
 		for _, failure := range due {
 			ids = append(ids, failure.ID)
