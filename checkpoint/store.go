@@ -12,9 +12,12 @@ import (
 	"outbox-relay/internal/lsn"
 )
 
-// Format is the version of the checkpoint row that this release writes. A row
-// of a newer format is refused, never guessed at.
-const Format = 1
+// Format is the newest version of the checkpoint row that this release knows. A
+// row of a newer one is refused, never guessed at. A row says the oldest format
+// that has all it says, so that a release can be rolled back: 2 has the phase
+// backfilling, and rows that are published from the table, and is written only
+// while these are under way.
+const Format = 2
 
 var (
 	// ErrNone says that the slot has no checkpoint row.
@@ -31,8 +34,9 @@ var (
 type Phase string
 
 const (
-	Creating  Phase = "creating"  // the row is written, the slot may not exist yet
-	Streaming Phase = "streaming" // the slot exists and events flow from it
+	Creating    Phase = "creating"    // the row is written, the slot may not exist yet
+	Backfilling Phase = "backfilling" // the slot exists; the rows that do not come out of it are being published
+	Streaming   Phase = "streaming"   // events flow from the slot
 )
 
 // Checkpoint is the durable state of one slot: a row in Postgres, in the
@@ -51,6 +55,8 @@ type Checkpoint struct {
 	Bound         int       // how many events may be stored and not recorded; 0 after a clean stop
 	Foreign       bool      // a message that is not ours was seen in the stream
 	Publication   string    // fingerprint of the publication; empty: to be taken anew
+	Before        string    // pg_snapshot, while not streaming: what it sees does not come out of the slot
+	Backfilled    int64     // rows that this backfill, or the last one, has published or parked
 }
 
 // Store reads and writes the checkpoint of one slot. It uses, and does not own,
@@ -60,8 +66,10 @@ type Store struct {
 	conn    *pgx.Conn
 	table   string // quoted
 	history string // quoted
+	batches string // quoted
 	slot    string
-	epoch   int64 // ours, once claimed
+	epoch   int64  // ours, once claimed
+	claimed string // the publication's fingerprint then: migrate may carry it over since
 
 	notReplicated bool
 }
@@ -72,6 +80,7 @@ func NewStore(conn *pgx.Conn, schema, slot string) *Store {
 		conn:    conn,
 		table:   pgx.Identifier{schema, "outbox_relay_checkpoints"}.Sanitize(),
 		history: pgx.Identifier{schema, "outbox_relay_history"}.Sanitize(),
+		batches: pgx.Identifier{schema, "outbox_relay_batches"}.Sanitize(),
 		slot:    slot,
 	}
 	return s
@@ -79,17 +88,17 @@ func NewStore(conn *pgx.Conn, schema, slot string) *Store {
 
 const columns = `format, phase, system_identifier, timeline, commit_lsn::text, ordinal, confirmed_lsn::text,
 	stream, stream_created_at, stream_sequence, coalesce(message_id, ''), unrecorded_bound, foreign_seen,
-	coalesce(publication_state, '')`
+	coalesce(publication_state, ''), coalesce(backfill_snapshot::text, ''), backfilled`
 
 // Create writes the row of a slot that does not exist yet. It does nothing
 // where the row is there already.
 func (s *Store) Create(ctx context.Context, c Checkpoint) error {
 	_, err := s.exec(ctx, "create", `insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
 			commit_lsn, ordinal, confirmed_lsn, stream, stream_created_at, stream_sequence, unrecorded_bound, publication_state)
-		values (@slot, @format, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0, nullif(@publication, ''))
+		values (@slot, 1, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0, nullif(@publication, ''))
 		on conflict (slot) do nothing`,
-		pgx.NamedArgs{"slot": s.slot, "format": Format, "system": c.SystemID, "timeline": c.Timeline,
-			"stream": c.Stream, "created": c.StreamCreated, "sequence": c.Sequence, "publication": c.Publication})
+		pgx.NamedArgs{"slot": s.slot, "system": c.SystemID, "timeline": c.Timeline, "stream": c.Stream, "created": c.StreamCreated,
+			"sequence": c.Sequence, "publication": c.Publication})
 	return err
 }
 
@@ -106,23 +115,54 @@ func (s *Store) Claim(ctx context.Context) (Checkpoint, error) {
 	s.notReplicated = false
 	c, epoch, err := scan(s.conn.QueryRow(ctx,
 		`update `+s.table+` set epoch = epoch + 1 where slot = $1 returning epoch, `+columns, s.slot))
-	s.epoch = epoch
+	s.epoch, s.claimed = epoch, c.Publication
 	return c, s.explain("claim", s.durable(err))
 }
 
+// Renew puts a checkpoint whose slot is lost back to the beginning: the next slot
+// begins behind the stream's sequence, with a backfill.
+func (s *Store) Renew(ctx context.Context, c Checkpoint) error {
+	return s.execClaimed(ctx, "renew", `with unfinished as (delete from `+s.batches+` where slot = @slot and exists (
+				select from `+s.table+` where slot = @slot and epoch = @epoch)),
+			older as (delete from `+s.history+` where slot = @slot and exists (
+				select from `+s.table+` where slot = @slot and epoch = @epoch))
+		update `+s.table+` set phase = 'creating', format = 1, timeline = @timeline, commit_lsn = '0/0', ordinal = 0, confirmed_lsn = '0/0',
+			stream_sequence = @sequence, message_id = nullif(@message::text, ''), unrecorded_bound = 0,
+			foreign_seen = foreign_seen or @foreign, publication_state = nullif(@publication::text, ''),
+			stream_created_at = @created, backfill_snapshot = null, backfilled = 0, updated_at = now()
+		where slot = @slot and epoch = @epoch`,
+		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "timeline": c.Timeline, "created": c.StreamCreated, "sequence": c.Sequence,
+			"message": c.MessageID, "foreign": c.Foreign, "publication": c.Publication})
+}
+
 // Begin records that the relay starts to publish behind the claimed
-// checkpoint: where the slot starts, what the publication looks like unless that
-// is known, and how many events may from now on be stored without being recorded.
+// checkpoint, in its phase: where the slot starts, what the publication looks
+// like, and how many events may from now on be stored without being recorded.
 func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
-	return s.execClaimed(ctx, "begin", `update `+s.table+` set phase = 'streaming', format = @format,
+	return s.execClaimed(ctx, "begin", `update `+s.table+` set phase = @phase, format = `+s.format("@phase")+`,
 			timeline = @timeline, commit_lsn = @commit::pg_lsn, ordinal = @ordinal, confirmed_lsn = @confirmed::pg_lsn,
 			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign,
-			publication_state = coalesce(publication_state, @publication),
+			publication_state = case when publication_state is not distinct from nullif(@claimed::text, '') then @publication else publication_state end,
+			backfill_snapshot = nullif(@before::text, '')::pg_snapshot, backfilled = @backfilled,
 			stream_created_at = @created, updated_at = now()
 		where slot = @slot and epoch = @epoch`,
-		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "format": Format, "timeline": c.Timeline, "created": c.StreamCreated,
+		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "claimed": s.claimed, "phase": string(c.Phase), "timeline": c.Timeline, "created": c.StreamCreated,
 			"commit": c.Position.Commit.String(), "ordinal": c.Position.Ordinal, "confirmed": c.Confirmed.String(),
-			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication})
+			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication, "before": c.Before, "backfilled": c.Backfilled})
+}
+
+// Backfilled records that all rows which do not come out of the slot are done.
+func (s *Store) Backfilled(ctx context.Context) error {
+	return s.execClaimed(ctx, "end the backfill of the", `with done as (delete from `+s.batches+` where slot = $1 and exists (
+				select from `+s.table+` where slot = $1 and epoch = $2))
+		update `+s.table+` set phase = 'streaming', format = 1, backfill_snapshot = null, updated_at = now()
+		where slot = $1 and epoch = $2`, s.slot, s.epoch)
+}
+
+// format is the expression for a row's format; phase is one for its phase.
+func (s *Store) format(phase string) string {
+	return `case when ` + phase + ` = 'backfilling' or exists (select from ` + s.batches + ` b
+		where b.slot = @slot and b.done < cardinality(b.ids)) then 2 else 1 end`
 }
 
 // Settle records that nothing is stored beyond the checkpoint: a clean stop. A
@@ -169,6 +209,7 @@ type Advance struct {
 	MessageID string        // empty: unchanged
 	Confirm   pglogrepl.LSN // up to it everything is done; below what was confirmed once, where the checkpoint went back
 	Keep      time.Duration // older checkpoints are kept so long; 0: none is
+	Batch     BatchStep
 }
 
 // Effects is SQL that is carried out together with an advance or not at all.
@@ -191,16 +232,16 @@ type Effects struct {
 func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": a.Position.Commit.String(),
 		"ordinal": a.Position.Ordinal, "sequence": a.Sequence, "message": a.MessageID, "confirm": a.Confirm.String(),
-		"keep": a.Keep.Seconds(), "apart": (a.Keep / keptApart).Seconds()}
+		"keep": a.Keep.Seconds(), "apart": (a.Keep / keptApart).Seconds(), "rows": a.Batch.Rows}
 	for name, value := range e.Args {
 		args[name] = value
 	}
 	query := `with advanced as (
 			update ` + s.table + ` set commit_lsn = @commit::pg_lsn, ordinal = @ordinal, stream_sequence = @sequence,
 				message_id = coalesce(nullif(@message::text, ''), message_id),
-				confirmed_lsn = greatest(confirmed_lsn, @confirm::pg_lsn), updated_at = now()
+				confirmed_lsn = greatest(confirmed_lsn, @confirm::pg_lsn), updated_at = now()` + s.stepping(a.Batch) + `
 			where slot = @slot and epoch = @epoch and (commit_lsn, ordinal) <= (@commit::pg_lsn, @ordinal::bigint)
-			returning slot, commit_lsn, ordinal, stream_sequence, message_id)` + s.keeping(a) + e.CTE + ` select (select count(*) from advanced)` + e.Result
+			returning slot, commit_lsn, ordinal, stream_sequence, message_id)` + s.steps(a.Batch) + s.keeping(a) + e.CTE + ` select (select count(*) from advanced)` + e.Result
 	var moved int
 	s.notReplicated = false
 	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&moved}, e.Dest...)...)
@@ -247,14 +288,14 @@ func scan(row pgx.Row) (c Checkpoint, epoch int64, err error) {
 	var commit, confirmed string
 	var format int
 	err = row.Scan(&epoch, &format, &c.Phase, &c.SystemID, &c.Timeline, &commit, &c.Position.Ordinal, &confirmed,
-		&c.Stream, &c.StreamCreated, &c.Sequence, &c.MessageID, &c.Bound, &c.Foreign, &c.Publication)
+		&c.Stream, &c.StreamCreated, &c.Sequence, &c.MessageID, &c.Bound, &c.Foreign, &c.Publication, &c.Before, &c.Backfilled)
 	if err != nil {
 		return c, epoch, err
 	}
 	switch {
 	case format < 1 || format > Format:
 		return c, epoch, fmt.Errorf("its format is %d and this release knows %d: run the release that wrote it, or a newer one", format, Format)
-	case c.Phase != Creating && c.Phase != Streaming:
+	case c.Phase != Creating && c.Phase != Backfilling && c.Phase != Streaming:
 		return c, epoch, fmt.Errorf("its phase is %q, which this release does not know", c.Phase)
 	}
 	if c.Position.Commit, err = lsn.Parse(commit); err != nil {

@@ -14,12 +14,13 @@ const (
 	Pending Outcome = iota // read, and neither stored nor parked yet
 	Stored                 // in the stream
 	Parked                 // rejected for good; recorded in its row as failed
+	Skipped                // asked for, and not to be published any more
 )
 
 // Item is one event between being read and being recorded.
 type Item struct {
 	Position Position
-	XID      uint32 // its transaction, as pgoutput's Begin gives it
+	XID      uint32 // its transaction, as pgoutput's Begin gives it; 0: it was read from the table, so it is visible
 	ID       []byte // valid until the item's batch is recorded
 	Outcome  Outcome
 	Sequence uint64 // in the stream, of a stored event
@@ -114,6 +115,11 @@ func (t *Tracker) Park(index uint64, detail any) {
 	t.settle(index, func(it *Item) { it.Outcome, it.Detail = Parked, detail })
 }
 
+// Skip says that nothing is to be done for the event.
+func (t *Tracker) Skip(index uint64) {
+	t.settle(index, func(it *Item) { it.Outcome = Skipped })
+}
+
 func (t *Tracker) settle(index uint64, set func(*Item)) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -169,7 +175,7 @@ func (t *Tracker) prefix(limit int, visible func(uint32) bool) int {
 		if it.Outcome == Pending || n >= limit && !open {
 			break
 		}
-		if (seen == nil || seen.XID != it.XID) && !visible(it.XID) {
+		if it.XID != 0 && (seen == nil || seen.XID != it.XID) && !visible(it.XID) {
 			break
 		}
 		seen = it
@@ -226,6 +232,13 @@ func (t *Tracker) WaitRecorded(ctx context.Context, index uint64) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.wait(ctx, func() bool { return index < t.head })
+}
+
+// WaitEmpty blocks until every event that was added is recorded.
+func (t *Tracker) WaitEmpty(ctx context.Context) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.wait(ctx, func() bool { return t.len() == 0 })
 }
 
 // wait blocks until done holds or ctx ends. t.mu is held.

@@ -150,7 +150,7 @@ func (h *history) step() {
 // transaction adds its events, as far as the bound lets it.
 func (h *history) transaction() {
 	h.lsn += pglogrepl.LSN(1 + h.rand.IntN(100))
-	xid := h.rand.Uint32N(20) // a few, so that neighbours share one now and then
+	xid := 1 + h.rand.Uint32N(20) // a few, so that neighbours share one now and then
 	for i := range 1 + h.rand.IntN(8) {
 		if len(h.model.items)-h.model.recorded >= h.bound {
 			return

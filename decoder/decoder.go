@@ -21,6 +21,8 @@ const (
 	Nothing Kind = iota // carries no event: another table, a type, a transaction's begin
 	Insert              // a row of the outbox: Decoder.Event
 	Commit              // the end of a transaction: Decoder.End
+	Request             // rows to be published from the table: Decoder.Request; their last one is at Event.Position
+	Stray               // a request that nobody can read: Decoder.Stray
 )
 
 // ErrMalformed says that a message does not follow the protocol. What it
@@ -38,11 +40,16 @@ type Decoder struct {
 	// Missing names the columns that the event's Relation did not list,
 	// because the row was written before the publication was extended.
 	Missing []string
+	// Request is what the last Request asks for.
+	Request outbox.Request
+	// Stray says what is wrong with the last Stray.
+	Stray error
 	// End is where the transaction of the last Commit ends in WAL: the LSN to
 	// confirm once all of it is done.
 	End pglogrepl.LSN
 
 	table     uint32 // OID of the outbox table (of its root, where partitioned)
+	prefix    string // of requests
 	columns   outbox.Columns
 	relations map[uint32]*relation // of this session, also other tables': an Insert of none is malformed
 	open      bool                 // between Begin and Commit
@@ -62,7 +69,7 @@ type relation struct {
 
 // New returns a decoder for the events of the table with that OID.
 func New(table uint32, columns outbox.Columns) *Decoder {
-	return &Decoder{table: table, columns: columns, relations: map[uint32]*relation{}}
+	return &Decoder{table: table, prefix: outbox.RequestPrefix(table), columns: columns, relations: map[uint32]*relation{}}
 }
 
 // InTransaction reports whether a transaction is open: a keepalive that comes
@@ -92,9 +99,11 @@ func (d *Decoder) Decode(data []byte) (Kind, error) {
 		return Commit, d.commit(data)
 	case 'R':
 		return Nothing, d.relation(data)
+	case 'M':
+		return d.message(data)
 	default:
-		// Origin, type, logical message, and the changes of a publication
-		// that once published more than inserts: none inserts an event.
+		// Origin, type, and the changes of a publication that once published
+		// more than inserts: none inserts an event.
 		return Nothing, nil
 	}
 }
@@ -226,6 +235,27 @@ func (r *relation) tuple(data []byte) error {
 		return fmt.Errorf("%w: %d bytes behind the tuple", ErrMalformed, len(data))
 	}
 	return nil
+}
+
+// message takes a logical message. Those of others, and those that no
+// transaction holds, are none of ours.
+func (d *Decoder) message(data []byte) (Kind, error) {
+	var msg pglogrepl.LogicalDecodingMessage
+	if err := parse(data, &msg); err != nil {
+		return Nothing, err
+	}
+	if !msg.Transactional || msg.Prefix != d.prefix {
+		return Nothing, nil
+	}
+	if !d.open {
+		return Nothing, fmt.Errorf("%w: transactional message outside a transaction", ErrMalformed)
+	}
+	if d.Request, d.Stray = outbox.ParseRequest(msg.Content); d.Stray != nil {
+		return Stray, nil
+	}
+	d.ordinal += uint64(len(d.Request.IDs))
+	d.Event.Position.Ordinal = d.ordinal
+	return Request, nil
 }
 
 // parse decodes a rare message that is whole: pglogrepl panics on some that are

@@ -105,13 +105,13 @@ func capture(t *testing.T) (session, *pgx.Conn) {
 	conn, err := replication.Connect(t.Context(), &config.Config)
 	must(err)
 	t.Cleanup(conn.Close)
-	start, err := conn.CreateSlot(t.Context(), config.Database, false)
+	slot, err := conn.CreateSlot(t.Context(), config.Database, false)
 	must(err)
 	for _, statement := range history {
 		_, err := sql.Exec(t.Context(), statement)
 		must(err)
 	}
-	reader, err := conn.Start(t.Context(), config.Database, "outbox_relay", start)
+	reader, err := conn.Start(t.Context(), config.Database, "outbox_relay", slot.Point)
 	must(err)
 	var s session
 	must(sql.QueryRow(t.Context(), `select 'events'::regclass::oid`).Scan(&s.table))

@@ -25,6 +25,21 @@ type Event struct {
 	Status        []byte
 	CreatedAt     []byte   // timestamptz as text: ISO, UTC
 	Extra         [][]byte // further columns that the subject names, in Columns.Extra's order
+
+	Run string // of the replay that publishes it once more; else empty
+}
+
+// MessageID is the Nats-Msg-Id of the event's message: of a replay one of its
+// own, and the same however often it is sent.
+func (e *Event) MessageID() string { return MessageID(string(e.ID), e.Run) }
+
+// MessageID is the Nats-Msg-Id of the row's message in a replay, or of its first
+// one where run is empty.
+func MessageID(id, run string) string {
+	if run == "" {
+		return id
+	}
+	return id + ":" + run
 }
 
 // Columns says which columns of the table make an event.

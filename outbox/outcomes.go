@@ -44,6 +44,7 @@ func (t Table) Outcomes(items []checkpoint.Item, r *Recorded) (checkpoint.Effect
 	var published, failed, reasons, events []string
 	for _, item := range items {
 		switch {
+		case item.Outcome == checkpoint.Skipped:
 		case item.Outcome == checkpoint.Parked:
 			rejected := item.Detail.(*Rejected)
 			whole, err := rejected.Event.whole(t.Columns)

@@ -439,29 +439,39 @@ func TestSlotHeldByAnotherProgram(t *testing.T) {
 	requireLeaves(t, r)
 }
 
-// What stood in a slot that is gone or invalidated came through no slot: it
-// stays pending, and the remedy goes on with new events.
+// A slot that is gone, or whose WAL is, is made anew, and what it has lost comes
+// from the table; with keep the rows don't tell what was published.
 func TestSlotIsLost(t *testing.T) {
 	t.Parallel()
-	for _, how := range []string{"dropped", "invalidated"} {
-		t.Run(how, func(t *testing.T) {
-			t.Parallel()
-			b := setupOn(t, testenv.OwnPostgres(t, map[string]string{"max_slot_wal_keep_size": "1MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}), testenv.NATSOptions{})
-			b.requireWorks()
-			missed := b.insert(2)
-			words := []string{"slot " + b.slot() + " is gone"}
-			if how == "dropped" {
-				b.dropSlot()
-			} else {
-				b.loseWAL()
-				words = []string{"slot " + b.slot() + " is invalidated", "pg_drop_replication_slot('" + b.slot() + "')"}
-			}
-			requireEnd(t, b.start(), 1, append(words, "status 'pending'", "outbox_relay_checkpoints")...)
-			b.exec(`select pg_drop_replication_slot(slot_name) from pg_replication_slots`)
-			b.exec(`delete from outbox_relay_checkpoints where slot = $1`, b.slot())
-			b.requireWorks()
-			b.requireStatus("pending", missed)
-		})
+	for _, how := range []string{"gone", "invalidated"} {
+		for _, mode := range []string{"mark", "delete", "keep"} {
+			t.Run(how+" "+mode, func(t *testing.T) {
+				t.Parallel()
+				b := setupOn(t, testenv.OwnPostgres(t, map[string]string{"max_slot_wal_keep_size": "1MB", "min_wal_size": "32MB", "max_wal_size": "32MB"}), testenv.NATSOptions{})
+				after := "AFTER_PUBLISH=" + mode
+				r := b.streaming(after)
+				ids := b.insert(3)
+				b.requireStream(ids)
+				requireLeaves(t, r)
+				missed := b.insert(2)
+				if how == "gone" {
+					b.dropSlot()
+				} else {
+					b.loseWAL()
+				}
+				r = b.start(after)
+				if mode == "keep" {
+					requireEnd(t, r, 1, "slot "+b.slot()+" is "+how, "OUTBOX_AFTER_PUBLISH=keep", "pg_drop_replication_slot('"+b.slot()+"')", "outbox_relay_checkpoints")
+					return
+				}
+				r.WaitLog("slot " + b.slot() + " is " + how)
+				r.WaitLog("msg=streaming")
+				ids = append(append(ids, missed...), b.insert(3)...)
+				b.requireStream(ids)
+				b.requireDone(mode, ids)
+				requireLeaves(t, r)
+			})
+		}
 	}
 }
 

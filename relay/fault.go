@@ -37,7 +37,7 @@ func (e *HaltError) Error() string {
 func passes(err error) bool {
 	for _, passing := range []error{
 		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrEnded, errSlotFree,
-		sink.ErrForgotten, sink.ErrStrangers, errRecovery, errTwoServers,
+		sink.ErrForgotten, sink.ErrStrangers, errRecovery, errTwoServers, errMissed, errSlotLost,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded, context.DeadlineExceeded,
 		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
 		nats.ErrReconnectBufExceeded, nats.ErrNoServers, nats.ErrStaleConnection, jetstream.ErrNoStreamResponse,

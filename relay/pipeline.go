@@ -26,13 +26,18 @@ type pipeline struct {
 	recorder *recorder
 	chain    *sink.Chain
 
-	after   checkpoint.Position // the checkpoint: events up to it are done
-	found   sink.Found          // which of the next events stand in the stream
-	blurred int                 // the first of them that was overtaken; -1: none
-	judged  int                 // how many of these have passed
-	parked  uint64              // index of the last event parked by the reader
-	barrier bool                // it may not be recorded yet: nothing is sent until it is
-	calm    calmer              // about notices
+	after   checkpoint.Position   // the checkpoint: events up to it are done
+	at      checkpoint.Position   // of the last event that was added to the tracker
+	batch   checkpoint.TableBatch // what an earlier session has left of one
+	due     bool                  // the batch, or the backfill, comes before the next event
+	source  checkpoint.Source     // of what is published from the table at present
+	number  uint64                // of its rows so far
+	found   sink.Found            // which of the next events stand in the stream
+	blurred int                   // the first of them that was overtaken; -1: none
+	judged  int                   // how many of these have passed
+	parked  uint64                // index of the last event parked by the reader
+	barrier bool                  // it may not be recorded yet: nothing is sent until it is
+	calm    calmer                // about notices
 
 	halted atomic.Pointer[HaltError] // why the relay stops before an event: the reader or the chain finds it
 }
@@ -42,13 +47,23 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 		session: s, tracker: tracker, recorder: recorder,
 		decoder: decoder.New(s.layout.OID, s.table.Columns),
 		after:   from.checkpoint.Position,
+		at:      from.checkpoint.Position,
+		batch:   from.batch,
+		due:     len(from.batch.Left()) > 0 || s.backlog != nil,
 		found:   from.found,
 		blurred: from.found.Overtaken(),
+		number:  uint64(from.checkpoint.Backfilled),
 	}
 	p.chain = s.relay.client.NewChain(sink.Origin{Stream: s.stream, Message: s.message, Foreign: from.checkpoint.Foreign, Heritage: from.heritage}, p)
 	recorder.inflight = p.chain.InFlight
 	s.relay.chain.Store(p.chain)
 	return p
+}
+
+// streaming says that from here on events are taken as they come.
+func (p *pipeline) streaming() {
+	p.relay.state.Store(Streaming)
+	p.log.Info("streaming", "slot", p.table.Slot, "stream", p.stream.Name, "position", p.at.String(), "sequence", p.stream.Last)
 }
 
 // Data implements replication.Handler.
@@ -59,6 +74,10 @@ func (p *pipeline) Data(start pglogrepl.LSN, data []byte) error {
 		return err
 	case kind == decoder.Insert:
 		return p.event(&p.decoder.Event)
+	case kind == decoder.Request:
+		return p.request(p.decoder.Event.Position, p.decoder.Event.XID, p.decoder.Request)
+	case kind == decoder.Stray:
+		p.stray(p.decoder.Stray)
 	case kind == decoder.Commit:
 		p.cover(p.decoder.End)
 	}
@@ -82,6 +101,9 @@ func decode(d *decoder.Decoder, start pglogrepl.LSN, data []byte) (decoder.Kind,
 // Keepalive implements replication.Handler. Outside a transaction, a
 // keepalive's WAL end is a marker without events.
 func (p *pipeline) Keepalive(walEnd pglogrepl.LSN, urgent bool) error {
+	if err := p.turn(); err != nil {
+		return err
+	}
 	if !p.decoder.InTransaction() {
 		p.cover(walEnd)
 	}
@@ -117,16 +139,25 @@ func (p *pipeline) event(e *outbox.Event) error {
 		p.log.Warn("ignored an insert whose status is not pending", "id", string(e.ID), "status", string(e.Status), "position", e.Position.String())
 		return nil
 	}
+	if err := p.turn(); err != nil {
+		return err
+	}
 	index, err := p.tracker.Add(p.ctx, e.Position, e.XID, e.ID)
 	if err != nil {
 		return err
 	}
-	if p.judged < p.found.Proved && p.known(index) {
+	p.at = e.Position
+	if p.known(index) {
 		return nil
 	}
 	if err := p.fill(e); err != nil {
 		return p.rejected(index, e, err)
 	}
+	return p.send(index, e)
+}
+
+// send publishes the event, once the parked one before it is recorded.
+func (p *pipeline) send(index uint64, e *outbox.Event) error {
 	if p.barrier {
 		p.chain.Flush()
 		p.recorder.hurry()
@@ -142,9 +173,12 @@ func (p *pipeline) event(e *outbox.Event) error {
 // published, since the column had another name then, is.
 func pending(e *outbox.Event) bool { return e.Status == nil || string(e.Status) == "pending" }
 
-// known takes an event that was found in the stream. It returns false for one
-// that was overtaken there, and is still to be sent.
+// known takes an event that was found in the stream. It returns false for others,
+// also for one that was overtaken there, and is still to be sent.
 func (p *pipeline) known(index uint64) bool {
+	if p.judged >= p.found.Proved {
+		return false
+	}
 	i := p.judged
 	p.judged++
 	sequence, stored := p.found.Stored[i]
@@ -189,15 +223,28 @@ func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
 	if !errors.As(err, &rejection) {
 		return err
 	}
-	if err := p.park(index, e, rejection.Reason); err != nil {
+	if err := p.park(p.ctx, index, e, rejection.Reason); err != nil {
 		return err
 	}
-	p.parked, p.barrier = index, true
+	p.fence(index)
 	return nil
 }
 
-func (p *pipeline) park(index uint64, e *outbox.Event, reason string) error {
-	if p.relay.config.Halt {
+// fence keeps what follows from being sent before the event at index, which is
+// not in the stream, is recorded.
+func (p *pipeline) fence(index uint64) { p.parked, p.barrier = index, true }
+
+func (p *pipeline) park(ctx context.Context, index uint64, e *outbox.Event, reason string) error {
+	if p.source == checkpoint.Replay {
+		p.tracker.Skip(index)
+		p.log.Warn("an event can't be published once more", "id", string(e.ID), "run", e.Run, "reason", reason)
+		return nil
+	}
+	halt, err := p.halts(ctx, e)
+	if err != nil {
+		return err
+	}
+	if halt {
 		halted := &HaltError{ID: string(e.ID), Reason: reason}
 		p.halted.Store(halted)
 		return halted
@@ -208,6 +255,20 @@ func (p *pipeline) park(index uint64, e *outbox.Event, reason string) error {
 	p.relay.metrics.parked.Inc()
 	p.log.Warn("parked an event that can never be stored", "id", string(e.ID), "reason", reason, "position", e.Position.String())
 	return nil
+}
+
+// halts reports whether the relay stops before the event. What was parked by hand
+// is passed, and what failed before and was asked for again fails again.
+func (p *pipeline) halts(ctx context.Context, e *outbox.Event) (halt bool, err error) {
+	if !p.relay.config.Halt || p.source == checkpoint.Retry {
+		return false, nil
+	}
+	err = p.recorder.do(ctx, func(ctx context.Context) error {
+		failed, err := p.table.Failed(ctx, p.sql, string(e.ID))
+		halt = !failed
+		return err
+	})
+	return halt, err
 }
 
 // Stored implements sink.Outcomes.
@@ -222,12 +283,14 @@ func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, se
 	m.published.Inc()
 	m.publishedBytes.Add(float64(e.Size()))
 	m.publishSeconds.Observe(now.Sub(sent).Seconds())
-	m.commitSeconds.Observe(now.Sub(e.Commit).Seconds())
+	if !e.Commit.IsZero() { // it came out of the slot
+		m.commitSeconds.Observe(now.Sub(e.Commit).Seconds())
+	}
 }
 
 // Rejected implements sink.Outcomes.
 func (p *pipeline) Rejected(ctx context.Context, index uint64, e *outbox.Event, reason string) error {
-	if err := p.park(index, e, reason); err != nil {
+	if err := p.park(ctx, index, e, reason); err != nil {
 		return err
 	}
 	p.recorder.hurry()

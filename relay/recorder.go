@@ -36,8 +36,9 @@ type recorder struct {
 
 	position  checkpoint.Position // of the checkpoint
 	sequence  uint64
-	confirm   pglogrepl.LSN // C: the highest LSN that the checkpoint names
-	ownEnd    pglogrepl.LSN // where WAL ended after our last write; 0: not seen yet
+	batch     checkpoint.TableBatch // what is published from the table at present, or was last
+	confirm   pglogrepl.LSN         // C: the highest LSN that the checkpoint names
+	ownEnd    pglogrepl.LSN         // where WAL ended after our last write; 0: not seen yet
 	lastWrite time.Time
 	pending   []confirmation
 	barred    bool // something has an outcome, and its transaction is not visible yet
@@ -203,7 +204,7 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 			return false, err
 		}
 		if !accepted {
-			return false, r.publicationChanged(ctx)
+			return false, r.passedOver(ctx)
 		}
 	}
 	if state.Unlogged {
@@ -227,6 +228,18 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	r.barred = len(batch.Items) == 0 && r.tracker.Settled()
 	r.observe()
 	return len(batch.Items) >= recordLimit, r.sweep(ctx)
+}
+
+// passedOver ends the session: what the changed publication may have passed over
+// the next one publishes from the table, if that can be told there.
+func (r *recorder) passedOver(ctx context.Context) error {
+	if err := r.checkPublication(ctx); err != nil {
+		return err
+	}
+	if err := r.miss(r.publicationChanged(), r.acceptPublication()); err != nil {
+		return err
+	}
+	return errMissed
 }
 
 // accepted reports whether the change of the publication was made by migrate,
@@ -283,11 +296,16 @@ func (r *recorder) worthConfirming(b checkpoint.Batch) bool {
 func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	advance := checkpoint.Advance{Position: r.position, Sequence: b.Sequence, MessageID: string(b.Last), Confirm: b.Safe,
 		Keep: r.relay.config.ConfirmDelay}
-	if len(b.Items) > 0 {
+	items := b.Items
+	if len(items) > 0 {
 		advance.Position = b.Position
+		advance.Batch = r.step(items)
+	}
+	if advance.Batch.Source == checkpoint.Replay {
+		items = nil // their rows say what became of them
 	}
 	var recorded outbox.Recorded
-	effects, err := r.table.Outcomes(b.Items, &recorded)
+	effects, err := r.table.Outcomes(items, &recorded)
 	if err != nil {
 		return err
 	}
@@ -295,11 +313,21 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 		return err
 	}
 	r.position, r.sequence, r.confirm = advance.Position, advance.Sequence, max(r.confirm, b.Safe)
+	r.batch.Done += advance.Batch.Rows
 	r.tracker.Recorded(b)
 	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
 	r.lastWrite, r.ownEnd = time.Now(), 0
-	r.tell(recorded, len(b.Items))
+	r.tell(recorded, len(items))
 	return nil
+}
+
+// step tells how far the items take the table's batch. Nothing else is read
+// while there is one.
+func (r *recorder) step(items []checkpoint.Item) checkpoint.BatchStep {
+	if items[0].XID != 0 {
+		return checkpoint.BatchStep{}
+	}
+	return checkpoint.BatchStep{Source: r.batch.Source, Rows: len(items), Last: r.batch.Done+len(items) == len(r.batch.IDs)}
 }
 
 func (r *recorder) tell(recorded outbox.Recorded, events int) {

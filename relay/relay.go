@@ -26,6 +26,7 @@ type Config struct {
 	// broker forgets can be read again.
 	ConfirmDelay time.Duration
 	Grace        time.Duration // for the last events when the relay is stopped
+	Backfill     bool          // publish the rows that were pending before the slot
 }
 
 // unrecordedBound is how many events may be stored and not recorded. It bounds
@@ -36,11 +37,12 @@ const unrecordedBound = 1 << 16
 type State string
 
 const (
-	Starting  State = "starting"  // connecting, checking, matching
-	Standby   State = "standby"   // another relay has the slot
-	Streaming State = "streaming" // reading and publishing
-	Stopping  State = "stopping"  // draining
-	Halted    State = "halted"    // ended by an error that waiting does not mend
+	Starting    State = "starting"    // connecting, checking, matching
+	Standby     State = "standby"     // another relay has the slot
+	Backfilling State = "backfilling" // publishing the rows that do not come out of the slot
+	Streaming   State = "streaming"   // reading and publishing
+	Stopping    State = "stopping"    // draining
+	Halted      State = "halted"      // ended by an error that waiting does not mend
 )
 
 // Relay publishes the events of one outbox.
@@ -49,11 +51,12 @@ type Relay struct {
 	log     *slog.Logger
 	metrics *Metrics
 
-	state    atomic.Value // State
-	streamed bool         // a session has streamed: what is wrong now was right before
-	client   *sink.Client
-	chain    atomic.Pointer[sink.Chain] // the last one
-	refused  atomic.Bool                // Postgres refuses to record outcomes
+	state      atomic.Value // State
+	streamed   bool         // a session has streamed: what is wrong now was right before
+	client     *sink.Client
+	chain      atomic.Pointer[sink.Chain] // the last one
+	refused    atomic.Bool                // Postgres refuses to record outcomes
+	unreadable atomic.Pointer[string]     // why nothing more can be read from the slot
 }
 
 // New returns a relay; nothing runs before Run.
@@ -72,7 +75,7 @@ func (r *Relay) State() State { return r.state.Load().(State) }
 func (r *Relay) Trouble() string {
 	chain := r.chain.Load()
 	switch {
-	case r.State() != Streaming || chain == nil:
+	case r.State() != Streaming && r.State() != Backfilling || chain == nil:
 		return ""
 	case chain.Interrupted():
 		return "publishing to the stream is interrupted"

@@ -4,29 +4,33 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/jackc/pglogrepl"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
+	"outbox-relay/outbox"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
 
 // openSlot makes sure that slot and checkpoint belong together, and makes both
-// on the first run. Whatever else it finds, somebody has restored or replaced
-// something: it says what, and never guesses.
+// on the first run. A slot that is lost is made anew, with what it has lost from
+// the table. Whatever else it finds, somebody has restored or replaced something:
+// it says what, and never guesses.
 func (s *session) openSlot(ctx context.Context) error {
-	slot := s.table.Slot
+	name := s.table.Slot
 	// Another relay may be at its first run, which writes the checkpoint, makes the
 	// slot, and only then streams. So whoever streams by this checkpoint has a slot
 	// by now, and where there is a slot there is a checkpoint to be read again.
 	cp, noCheckpoint := s.store.Read(ctx)
-	_, noSlot := replication.ReadSlot(ctx, s.sql, slot)
+	slot, noSlot := replication.ReadSlot(ctx, s.sql, name)
 	if noSlot != nil && !errors.Is(noSlot, replication.ErrNoSlot) {
 		return noSlot
 	}
@@ -41,31 +45,21 @@ func (s *session) openSlot(ctx context.Context) error {
 			return err
 		}
 	}
-	switch {
-	case noSlot == nil && noCheckpoint == nil:
-		return nil
-	case noSlot == nil:
+	switch why := s.slotLost(slot, noSlot, cp); {
+	case noSlot == nil && noCheckpoint != nil:
 		return fmt.Errorf("slot %[1]s exists and has no checkpoint: it was not made by this relay, or its row in outbox_relay_checkpoints was deleted, so what it has published is not known: "+
-			"if nothing needs the slot, SELECT pg_drop_replication_slot('%[1]s') and start again: events that are committed until then stay pending in the table", slot)
-	case noCheckpoint == nil && cp.Phase == checkpoint.Streaming:
-		return fmt.Errorf("slot %[1]s is gone, and its checkpoint says that it was read up to %[2]s%[4]s: events committed since then came through no slot: "+
-			"they stand in the table with status 'pending'. To go on with new events only, DELETE FROM %[3]s.outbox_relay_checkpoints WHERE slot = '%[1]s' and start again; "+
-			"insert the pending rows anew to publish them", slot, cp.Confirmed, s.table.Schema, s.sinceTimeline(cp))
-	default:
+			"if nothing needs the slot, SELECT pg_drop_replication_slot('%[1]s') and start again: every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)", name)
+	case why != "":
+		return s.heal(ctx, noSlot == nil, why)
+	case noSlot != nil:
 		return s.createSlot(ctx)
 	}
+	return nil
 }
 
 // createSlot writes the checkpoint before it makes the slot, so that a slot
-// without a checkpoint is never its own.
+// without a checkpoint is never its own. What its snapshot sees is the backlog.
 func (s *session) createSlot(ctx context.Context) error {
-	pending, err := s.table.HasPending(ctx, s.sql)
-	if err != nil {
-		return err
-	}
-	if pending {
-		s.log.Warn("the table has pending rows from before the slot: they are not published, and stay pending", "table", s.table.String())
-	}
 	state, err := s.table.State(ctx, s.sql)
 	if err != nil {
 		return err
@@ -83,14 +77,43 @@ func (s *session) createSlot(ctx context.Context) error {
 	telling, stop := context.WithCancel(ctx)
 	var teller sync.WaitGroup
 	teller.Go(func() { s.tellWaiting(telling) })
-	point, err := s.conn.CreateSlot(ctx, s.table.Slot, version >= 170000)
+	created, err := s.conn.CreateSlot(ctx, s.table.Slot, version >= 170000)
 	stop()
 	teller.Wait()
 	if err != nil {
 		return err
 	}
-	s.log.Info("created the slot", "slot", s.table.Slot, "consistent_point", point.String())
-	return nil
+	s.log.Info("created the slot", "slot", s.table.Slot, "consistent_point", created.Point.String())
+	if !s.relay.config.Backfill {
+		return s.tellPending(ctx)
+	}
+	return s.openBacklog(ctx, created.Snapshot, "", nil, "")
+}
+
+// tellPending says that rows are left out, as OUTBOX_BACKFILL=false wants it.
+func (s *session) tellPending(ctx context.Context) error {
+	pending, err := s.table.HasPending(ctx, s.sql)
+	if pending {
+		s.log.Warn("the table has pending rows from before the slot: they are not published, and stay pending", "table", s.table.String(), "remedy", "OUTBOX_BACKFILL=true")
+	}
+	return err
+}
+
+// openBacklog takes the snapshot in which the backlog is read, on a connection
+// of its own.
+func (s *session) openBacklog(ctx context.Context, exported, before string, known []string, after string) error {
+	config := s.sqlConfig.Copy()
+	config.RuntimeParams["application_name"] = "outbox-relay backfill"
+	config.OnNotice = nil
+	var err error
+	if s.reading, err = pgx.ConnectConfig(ctx, config); err != nil {
+		return explainConnect(err)
+	}
+	if err := s.checkSameServer(ctx, s.reading); err != nil {
+		return err
+	}
+	s.backlog, err = s.table.OpenBacklog(ctx, s.reading, s.layout, exported, before, known, after)
+	return err
 }
 
 // tellWaiting names, from time to time, the backend whose transaction the slot
@@ -124,11 +147,24 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 	if from.reader, from.checkpoint, err = s.start(ctx); err != nil {
 		return from, err
 	}
+	if from.batch, err = s.store.Batch(ctx); err != nil {
+		return from, err
+	}
 	cp := &from.checkpoint
 	if cp.Phase == checkpoint.Creating { // nothing was read from the slot yet
 		cp.Position = checkpoint.Position{Commit: from.reader.Confirmed()}
 		cp.Confirmed = from.reader.Confirmed()
-		cp.Phase = checkpoint.Streaming
+		cp.Phase, cp.Before = checkpoint.Backfilling, outbox.NoneBefore
+		if s.backlog != nil {
+			cp.Before = s.backlog.Before()
+		}
+	}
+	if s.missed != "" {
+		s.log.Warn("healing the outbox from its table", "reason", s.missed)
+		s.relay.metrics.healed.Inc()
+		if cp.Phase == checkpoint.Streaming {
+			cp.Phase, cp.Before, cp.Backfilled = checkpoint.Backfilling, outbox.NoneBefore, 0
+		}
 	}
 	// The slot is ours: whoever had it can't have been sent anything beyond.
 	now, err := s.table.State(ctx, s.sql)
@@ -139,31 +175,104 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 	if s.left != 0 {
 		from.heritage.End = s.left
 	}
-	read := false
-	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, cp.Bound, func(limit int, enough func(string) bool) (sink.Events, error) {
-		read = true
-		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
-		return s.readIDs(ctx, from.reader, &collector{decoder: decoder.New(s.layout.OID, s.table.Columns),
-			after: cp.Position, end: now.WALEnd, left: s.left, limit: limit, enough: enough})
-	})
-	cp.Foreign = s.tellStrangers(from.found) || cp.Foreign
-	if err != nil {
-		return from, s.explainResume(ctx, *cp, err)
+	if err := s.match(ctx, &from, now.WALEnd); err != nil {
+		return from, err
 	}
-	if read {
-		matched := s.stream // what has landed since is for the chain to find
-		if from.reader, err = s.restart(ctx, *cp); err != nil {
-			return from, err
-		}
-		s.stream = matched
+	if err := s.lookBack(ctx, &from); err != nil {
+		return from, err
 	}
 	cp.Timeline, cp.Bound = s.system.Timeline, unrecordedBound
-	if cp.Publication == "" { // accepted as it is
+	if cp.Publication == "" || s.missed != "" { // accepted as it is, or what it passed over is published now
 		cp.Publication = now.Publication
 	}
 	cp.Confirmed = max(cp.Confirmed, from.reader.Confirmed())
 	s.known = true
 	return from, s.store.Begin(ctx, *cp)
+}
+
+// match finds out which of the next events stand in the stream already. These
+// are of a batch, where one is not done: nothing else was sent then.
+func (s *session) match(ctx context.Context, from *origin, end pglogrepl.LSN) error {
+	cp := &from.checkpoint
+	bound, read := cp.Bound, false
+	events := func(limit int, enough func(string) bool) (sink.Events, error) {
+		read = true
+		collect := &collector{after: cp.Position, left: s.left, limit: limit, enough: enough}
+		err := s.look(ctx, from.reader, &lookahead{end: end, take: collect.take})
+		return collect.events, err
+	}
+	if left := from.batch.Left(); len(left) > 0 {
+		bound = min(bound, len(left))
+		events = func(int, func(string) bool) (sink.Events, error) { return batchEvents(from.batch), nil }
+	}
+	var err error
+	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, bound, func(limit int, enough func(string) bool) (sink.Events, error) {
+		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
+		return events(limit, enough)
+	})
+	if err == nil && cp.Phase == checkpoint.Backfilling {
+		from.found.Strangers, err = s.settleStrangers(ctx, from.found.Strangers)
+	}
+	cp.Foreign = s.tellStrangers(from.found) || cp.Foreign
+	if err != nil {
+		return s.explainResume(ctx, *cp, err)
+	}
+	if read {
+		return s.readAgain(ctx, from)
+	}
+	return nil
+}
+
+// batchEvents are the messages of a batch that is not done.
+func batchEvents(b checkpoint.TableBatch) sink.Events {
+	events := sink.Events{Old: len(b.Left())}
+	for _, id := range b.Left() {
+		events.IDs = append(events.IDs, outbox.MessageID(id, b.Run))
+	}
+	return events
+}
+
+// readAgain begins to read anew where the slot was read from only to look.
+func (s *session) readAgain(ctx context.Context, from *origin) (err error) {
+	matched := s.stream // what has landed since is for the chain to find
+	from.reader, err = s.restart(ctx, from.checkpoint)
+	s.stream = matched
+	return err
+}
+
+// lookBack opens the backlog where there is one to publish: what was pending
+// before the slot, or what came past it. Of the rows that are not known to be part
+// of it, those are that the slot does not bring.
+func (s *session) lookBack(ctx context.Context, from *origin) error {
+	cp := &from.checkpoint
+	switch {
+	case cp.Phase != checkpoint.Backfilling || s.backlog != nil:
+		return nil
+	case !s.relay.config.Backfill:
+		cp.Phase, cp.Before = checkpoint.Streaming, ""
+		return nil
+	}
+	after := ""
+	if ids := from.batch.IDs; s.table.Mode == outbox.Keep && from.batch.Source == checkpoint.Backfill && len(ids) > 0 {
+		after = ids[len(ids)-1] // the rows don't tell
+	}
+	if err := s.openBacklog(ctx, "", cp.Before, from.batch.Left(), after); err != nil {
+		return err
+	}
+	doubtful, err := s.backlog.Doubtful(ctx)
+	if err != nil || len(doubtful) == 0 {
+		return err
+	}
+	now, err := s.table.State(ctx, s.sql) // its WALEnd is past all that the backlog's snapshot sees
+	if err != nil {
+		return err
+	}
+	s.log.Info("looking which pending rows come out of the slot", "rows", len(doubtful))
+	if err := s.look(ctx, from.reader, &lookahead{end: now.WALEnd, take: doubts(doubtful).take}); err != nil {
+		return err
+	}
+	s.backlog.Missed(slices.Collect(maps.Keys(doubtful)))
+	return s.readAgain(ctx, from)
 }
 
 // tellStrangers reports messages that are none of the slot's events, and
@@ -207,9 +316,10 @@ func (s *session) explainResume(ctx context.Context, cp checkpoint.Checkpoint, e
 		err, cp.Position, s.stream.Last, s.table.Schema, s.stream.Last, s.table.Slot)
 }
 
-// startAnew is the last remedy: what the slot still had stays pending.
+// startAnew is the last remedy.
 func (s *session) startAnew() string {
-	return fmt.Sprintf("to start anew with new events only: SELECT pg_drop_replication_slot('%s'); DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s'",
+	return fmt.Sprintf("to start anew, SELECT pg_drop_replication_slot('%s'); DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s': "+
+		"every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)",
 		s.table.Slot, s.table.Schema, s.table.Slot)
 }
 
@@ -221,11 +331,15 @@ func (s *session) explainReading(err error) error {
 	noPublication := errors.Is(err, replication.ErrPublication) || errors.As(err, &pgErr) && pgErr.Code == "42704"
 	switch {
 	case noPublication:
-		return fmt.Errorf("%w: events that were committed while the publication was missing can't be read from the slot; they stand in the table with status 'pending'. "+
-			"Make it with `outbox-relay migrate`, then, %s; insert the pending rows anew to publish them", err, s.startAnew())
+		why := fmt.Sprintf("%s: events that were committed while the publication was missing can't be read from the slot", err)
+		if reason := s.cantHeal(); reason != "" {
+			return fmt.Errorf("%w: %s; they stand in the table with status 'pending', and %s. Make it with `outbox-relay migrate`, then, %s", err, why, reason, s.startAnew())
+		}
+		s.relay.unreadable.Store(&why)
+		return fmt.Errorf("%w: %s", errSlotLost, why)
 	case errors.Is(err, decoder.ErrNoID):
 		return fmt.Errorf("%w in table %s when they were inserted, so they can't be told from others; they stand in the table with status 'pending'. "+
-			"Give the column its name back, then, %s; insert the pending rows anew to publish them", err, s.table, s.startAnew())
+			"Give the column its name back, then, %s", err, s.table, s.startAnew())
 	}
 	return err
 }
@@ -244,9 +358,16 @@ func (s *session) explainSchema(ctx context.Context, err error) error {
 	return err
 }
 
-// readIDs lets a collector read until it has enough. The session has then been
-// read from, and must be restarted.
-func (s *session) readIDs(ctx context.Context, reader *replication.Session, collect *collector) (sink.Events, error) {
+// look lets a lookahead read until it has enough. The session has then been read
+// from, and must be restarted.
+func (s *session) look(ctx context.Context, reader *replication.Session, ahead *lookahead) error {
+	ahead.decoder = decoder.New(s.layout.OID, s.table.Columns)
+	// The walsender sends what is flushed; the last records before the end may not be,
+	// and where nothing commits they would not for a quarter of a minute. A commit
+	// of our own flushes them.
+	if _, err := s.sql.Exec(ctx, `select pg_catalog.pg_logical_emit_message(true, 'outbox_relay', '')`); err != nil {
+		return fmt.Errorf("flush WAL: %w", err)
+	}
 	reading, cancel := context.WithCancel(ctx)
 	defer cancel()
 	asking := time.NewTicker(100 * time.Millisecond)
@@ -263,60 +384,93 @@ func (s *session) readIDs(ctx context.Context, reader *replication.Session, coll
 			}
 		}
 	}()
-	err := reader.Run(reading, collect)
+	err := reader.Run(reading, ahead)
 	cancel()
 	<-asked
 	if errors.Is(err, errEnough) {
-		return collect.events, nil
+		return nil
 	}
-	return sink.Events{}, first(context.Cause(ctx), s.explainReading(err))
+	return first(context.Cause(ctx), s.explainReading(err))
 }
 
 var errEnough = errors.New("enough")
 
-// collector is a handler that collects the ids of the first events behind a
-// position, up to an LSN.
-type collector struct {
+// lookahead is a handler that looks at what the slot has up to an LSN, or until
+// take returns errEnough.
+type lookahead struct {
 	decoder *decoder.Decoder
-	after   checkpoint.Position
 	end     pglogrepl.LSN
-	left    pglogrepl.LSN // events from here on were not there to be published; 0: all were
-	limit   int
-	enough  func(id string) bool // all that is wanted is found
-	events  sink.Events
+	take    func(decoder.Kind, *decoder.Decoder) error
 }
 
-func (c *collector) Data(start pglogrepl.LSN, data []byte) error {
-	kind, err := decode(c.decoder, start, data)
-	switch e := &c.decoder.Event; {
+func (l *lookahead) Data(start pglogrepl.LSN, data []byte) error {
+	kind, err := decode(l.decoder, start, data)
+	switch {
 	case err != nil:
 		return err
-	case kind == decoder.Commit && c.decoder.End >= c.end:
+	case kind == decoder.Commit && l.decoder.End >= l.end:
 		return errEnough
-	case kind != decoder.Insert || e.Position.Compare(c.after) <= 0 || !pending(e):
-		return nil
-	default:
-		return c.collect(string(e.ID), c.left == 0 || e.Position.Commit < c.left)
 	}
+	return l.take(kind, l.decoder)
 }
 
-func (c *collector) collect(id string, old bool) error {
-	c.events.IDs = append(c.events.IDs, id)
-	if old {
-		c.events.Old = len(c.events.IDs)
-	}
-	if c.enough(id) || len(c.events.IDs) >= c.limit {
+func (l *lookahead) Idle() {}
+
+func (l *lookahead) Notice(string) {}
+
+func (l *lookahead) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
+	if walEnd >= l.end && !l.decoder.InTransaction() {
 		return errEnough
 	}
 	return nil
 }
 
-func (c *collector) Idle() {}
+// collector collects the ids of the first events behind a position.
+type collector struct {
+	after  checkpoint.Position
+	left   pglogrepl.LSN // events from here on were not there to be published; 0: all were
+	limit  int
+	enough func(id string) bool // all that is wanted is found
+	events sink.Events
+}
 
-func (c *collector) Notice(string) {}
+func (c *collector) take(kind decoder.Kind, d *decoder.Decoder) error {
+	e := &d.Event
+	switch {
+	case kind != decoder.Insert && kind != decoder.Request || e.Position.Compare(c.after) <= 0:
+		return nil
+	case kind == decoder.Request:
+		return errEnough // what it asks for is announced before anything of it, or behind it, is sent
+	case !pending(e):
+		return nil
+	}
+	c.events.IDs = append(c.events.IDs, string(e.ID))
+	if c.left == 0 || e.Position.Commit < c.left {
+		c.events.Old = len(c.events.IDs)
+	}
+	if c.enough(string(e.ID)) || len(c.events.IDs) >= c.limit {
+		return errEnough
+	}
+	return nil
+}
 
-func (c *collector) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
-	if walEnd >= c.end && !c.decoder.InTransaction() {
+// doubts are pending rows, with their retried_attempts, that may come out of the
+// slot or not.
+type doubts map[string]int
+
+// take takes out what does come: inserted, or to be tried again.
+func (rows doubts) take(kind decoder.Kind, d *decoder.Decoder) error {
+	switch {
+	case kind == decoder.Insert && pending(&d.Event):
+		delete(rows, string(d.Event.ID))
+	case kind == decoder.Request && d.Request.Run == "":
+		for i, id := range d.Request.IDs {
+			if attempts, doubtful := rows[id]; doubtful && attempts == d.Request.Attempts[i] {
+				delete(rows, id)
+			}
+		}
+	}
+	if len(rows) == 0 {
 		return errEnough
 	}
 	return nil

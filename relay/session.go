@@ -29,17 +29,21 @@ type session struct {
 	table outbox.Table
 	log   *slog.Logger
 
-	sql    *pgx.Conn // the recorder's once it runs
-	store  *checkpoint.Store
-	layout outbox.Layout
-	config *pgconn.Config
+	sql       *pgx.Conn // the recorder's once it runs
+	store     *checkpoint.Store
+	layout    outbox.Layout
+	config    *pgconn.Config  // as it was given
+	sqlConfig *pgx.ConnConfig // for the connections that are not for replication
 
 	system  replication.System
 	left    pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
 	conn    *replication.Conn
 	stream  sink.Stream
 	message sink.MessageConfig
-	known   bool // the checkpoint knows the stream: one that is gone is not ours to replace
+	backlog *outbox.Backlog // what does not come out of the slot; nil: all does
+	reading *pgx.Conn       // the backlog's
+	missed  string          // why events may have come past the slot; empty: none did
+	known   bool            // the checkpoint knows the stream: one that is gone is not ours to replace
 }
 
 // session opens a session and runs it.
@@ -64,10 +68,12 @@ func (s *session) close() {
 	if s.conn != nil {
 		s.conn.Close()
 	}
-	if s.sql != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		_ = s.sql.Close(ctx)
+	for _, conn := range []*pgx.Conn{s.sql, s.reading} {
+		if conn != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+			defer cancel()
+			_ = conn.Close(ctx)
+		}
 	}
 }
 
@@ -176,6 +182,7 @@ func (s *session) connectSQL(ctx context.Context) error {
 	if s.sql, err = pgx.ConnectConfig(ctx, config); err != nil {
 		return explainConnect(err)
 	}
+	s.sqlConfig = config
 	s.store = checkpoint.NewStore(s.sql, s.table.Schema, s.table.Slot)
 	return s.checkServer(ctx)
 }
@@ -226,7 +233,7 @@ func (s *session) connectReplication(ctx context.Context) error {
 	if s.system, err = conn.Identify(ctx); err != nil {
 		return err
 	}
-	return s.checkSameServer(ctx)
+	return s.checkSameServer(ctx, s.sql)
 }
 
 // errTwoServers says that the two connections lead to different servers.
@@ -234,9 +241,9 @@ var errTwoServers = errors.New("the two connections lead to different servers")
 
 // checkSameServer makes sure that what is read and what is recorded are of one
 // server: of several hosts, each connection chooses its own.
-func (s *session) checkSameServer(ctx context.Context) error {
+func (s *session) checkSameServer(ctx context.Context, sql *pgx.Conn) error {
 	var started string
-	if err := s.sql.QueryRow(ctx, `select pg_catalog.pg_postmaster_start_time()::text`).Scan(&started); err != nil {
+	if err := sql.QueryRow(ctx, `select pg_catalog.pg_postmaster_start_time()::text`).Scan(&started); err != nil {
 		return fmt.Errorf("identify server: %w", err)
 	}
 	if started != s.system.Started {
@@ -287,6 +294,9 @@ func (s *session) start(ctx context.Context) (*replication.Session, checkpoint.C
 	if slot.Confirmed == 0 { // it is being created
 		return nil, checkpoint.Checkpoint{}, replication.ErrSlotInUse
 	}
+	if slot.Lost() {
+		return nil, checkpoint.Checkpoint{}, errSlotLost
+	}
 	reader, err := s.conn.Start(ctx, s.table.Slot, s.table.Publication, slot.Confirmed)
 	if err != nil {
 		return nil, checkpoint.Checkpoint{}, err
@@ -334,6 +344,7 @@ func (s *session) restart(ctx context.Context, from checkpoint.Checkpoint) (*rep
 type origin struct {
 	reader     *replication.Session
 	checkpoint checkpoint.Checkpoint
+	batch      checkpoint.TableBatch // to be finished first; found speaks of what is left of it
 	found      sink.Found
 	heritage   sink.Heritage
 }
@@ -358,8 +369,12 @@ func (s *session) run(ctx context.Context, from origin) error {
 	p.ctx = reading
 
 	s.relay.streamed = true
-	s.relay.state.Store(Streaming)
-	s.log.Info("streaming", "slot", s.table.Slot, "stream", s.stream.Name, "position", cp.Position.String(), "sequence", s.stream.Last)
+	if p.due {
+		s.relay.state.Store(Backfilling)
+		from.reader.Ask() // so that there is something to take at once
+	} else {
+		p.streaming()
+	}
 	err := s.explainReading(from.reader.Run(reading, p))
 
 	if p.halted.Load() != nil || (ctx.Err() != nil && work.Err() == nil) {

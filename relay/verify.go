@@ -13,16 +13,15 @@ import (
 // verify holds the checkpoint against slot, server, stream and publication, and
 // moves it back where the broker has forgotten what it stands on.
 func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot replication.Slot) error {
+	s.missed = ""
 	if err := s.verifySystem(*cp); err != nil {
 		return err
 	}
-	fresh := s.startAnew()
-	switch {
-	case cp.Stream != s.stream.Name:
-		return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, fresh)
-	case cp.Phase == checkpoint.Streaming && slot.Confirmed > cp.Confirmed:
-		return fmt.Errorf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand, or copied to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it. They stand in the table with status 'pending'; %s",
-			slot.Name, slot.Confirmed, cp.Confirmed, fresh)
+	if cp.Stream != s.stream.Name {
+		return s.otherStream(*cp)
+	}
+	if err := s.verifyConfirmed(*cp, slot); err != nil {
+		return err
 	}
 	if err := s.verifyIdentity(ctx, cp, slot); err != nil {
 		return err
@@ -34,6 +33,29 @@ func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot re
 		return err
 	}
 	return s.verifyStream(ctx, cp, slot)
+}
+
+func (s *session) otherStream(cp checkpoint.Checkpoint) error {
+	return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, s.startAnew())
+}
+
+// verifyConfirmed makes sure that the slot has all that is behind the checkpoint.
+func (s *session) verifyConfirmed(cp checkpoint.Checkpoint, slot replication.Slot) error {
+	if cp.Phase != checkpoint.Streaming || slot.Confirmed <= cp.Confirmed {
+		return nil
+	}
+	return s.miss(fmt.Sprintf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand, or copied to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it",
+		slot.Name, slot.Confirmed, cp.Confirmed), s.startAnew())
+}
+
+// miss notes that events came past the slot, which the table then gives, or
+// returns an error where it can't.
+func (s *session) miss(why, remedy string) error {
+	if reason := s.cantHeal(); reason != "" {
+		return fmt.Errorf("%s. They stand in the table with status 'pending', and %s: %s", why, reason, remedy)
+	}
+	s.missed = why
+	return nil
 }
 
 // verifyIdentity makes sure that the stream is the one that the checkpoint
@@ -70,8 +92,9 @@ func (s *session) verifyIdentity(ctx context.Context, cp *checkpoint.Checkpoint,
 func (s *session) verifySystem(cp checkpoint.Checkpoint) error {
 	switch {
 	case cp.SystemID != s.system.ID:
-		return fmt.Errorf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied, so its pending rows may be published already: %s",
-			cp.SystemID, s.system.ID, s.startAnew())
+		return fmt.Errorf("the checkpoint was written by Postgres cluster %[1]s and this is %[2]s: the database was restored from a dump or copied. If the other one is gone for good, let this one go on behind it, with its pending rows that the stream does not have: "+
+			"UPDATE %[3]s.outbox_relay_checkpoints SET system_identifier = '%[2]s', timeline = %[4]d WHERE slot = '%[5]s'; else %[6]s",
+			cp.SystemID, s.system.ID, s.table.Schema, s.system.Timeline, s.table.Slot, s.startAnew())
 	case cp.Timeline > s.system.Timeline:
 		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: it is an old primary: connect to the current one", cp.Timeline, s.system.Timeline)
 	}
@@ -112,21 +135,27 @@ func (s *session) verifyPublication(ctx context.Context, cp checkpoint.Checkpoin
 	if cp.Publication == "" || cp.Publication == state.Publication {
 		return nil
 	}
-	return s.publicationChanged(ctx)
+	if err := s.checkPublication(ctx); err != nil {
+		return err
+	}
+	return s.miss(s.publicationChanged(), s.acceptPublication())
 }
 
-// publicationChanged says what is wrong with the publication now, or that it
-// was changed and inserts may have been passed over meanwhile.
-func (s *session) publicationChanged(ctx context.Context) error {
+// checkPublication says what is wrong with table or publication now.
+func (s *session) checkPublication(ctx context.Context) error {
 	if _, err := s.table.Inspect(ctx, s.sql); err != nil {
 		return err
 	}
-	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
-		return err
-	}
-	return fmt.Errorf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over; they stand in the table with status 'pending'. "+
-		"See to those rows, then accept the publication as it is: UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'",
-		s.table.Publication, s.table, s.table.Schema, s.table.Slot)
+	return s.table.CheckPublication(ctx, s.sql)
+}
+
+func (s *session) publicationChanged() string {
+	return fmt.Sprintf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over", s.table.Publication, s.table)
+}
+
+func (s *session) acceptPublication() string {
+	return fmt.Sprintf("see to those rows, then accept the publication as it is: UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'",
+		s.table.Schema, s.table.Slot)
 }
 
 // verifyStream makes sure that the stream still holds, or held, the message
@@ -144,12 +173,18 @@ func (s *session) verifyStream(ctx context.Context, cp *checkpoint.Checkpoint, s
 	case err != nil:
 		return err
 	case earlier == nil:
-		return fmt.Errorf("%s. Publish the lost events again from their rows, then go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'. "+
-			"With OUTBOX_CONFIRM_DELAY longer than the broker's sync interval the relay sends them again by itself", what, s.table.Schema, s.stream.Last, s.table.Slot)
+		return s.forgot(what)
 	}
 	s.log.Error(what, "remedy", "none needed: the lost events are read again from the slot and sent again",
 		"from_position", earlier.Position.String(), "from_sequence", earlier.Sequence)
 	return s.store.GoBack(ctx, cp, *earlier)
+}
+
+// forgot is the choice where nothing tells what the broker forgot.
+func (s *session) forgot(what string) error {
+	return fmt.Errorf("%s. Go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s', "+
+		"and publish the lost events again from their rows: `outbox-relay replay`. With OUTBOX_CONFIRM_DELAY longer than the broker's sync interval the relay sends them again by itself",
+		what, s.table.Schema, s.stream.Last, s.table.Slot)
 }
 
 // forgotten says what the broker forgot; empty: nothing.

@@ -139,11 +139,18 @@ func (s System) Left(timeline int32) (pglogrepl.LSN, error) {
 	return 0, fmt.Errorf("%w: timeline %d", ErrNotAncestor, timeline)
 }
 
-// CreateSlot creates the slot and returns its consistent point: every
-// transaction that commits after it comes out of the slot. It waits for all
-// transactions that are open anywhere in the cluster.
-func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (pglogrepl.LSN, error) {
-	options := "SNAPSHOT 'nothing'"
+// Created is a slot that was made: what commits after its consistent point
+// comes out of it, and what its snapshot sees does not. The snapshot can be taken
+// over until the connection is used again.
+type Created struct {
+	Point    pglogrepl.LSN
+	Snapshot string
+}
+
+// CreateSlot creates the slot. It waits for all transactions that are open
+// anywhere in the cluster.
+func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (Created, error) {
+	options := "SNAPSHOT 'export'"
 	if failover {
 		options += ", FAILOVER true"
 	}
@@ -153,13 +160,14 @@ func (c *Conn) CreateSlot(ctx context.Context, slot string, failover bool) (pglo
 	created, err := pglogrepl.ParseCreateReplicationSlot(rows)
 	switch {
 	case hasCode(err, duplicateObject): // another relay is creating it, or has
-		return 0, fmt.Errorf("create slot %s: %w: %w", slot, ErrSlotInUse, err)
+		return Created{}, fmt.Errorf("create slot %s: %w: %w", slot, ErrSlotInUse, err)
 	case hasCode(err, configurationLimits):
-		return 0, fmt.Errorf("create slot %s: all replication slots are in use: raise max_replication_slots, or drop a slot that nobody needs: %w", slot, err)
+		return Created{}, fmt.Errorf("create slot %s: all replication slots are in use: raise max_replication_slots, or drop a slot that nobody needs: %w", slot, err)
 	case err != nil:
-		return 0, fmt.Errorf("create slot %s: %w", slot, err)
+		return Created{}, fmt.Errorf("create slot %s: %w", slot, err)
 	}
-	return lsn.Parse(created.ConsistentPoint)
+	point, err := lsn.Parse(created.ConsistentPoint)
+	return Created{Point: point, Snapshot: created.SnapshotName}, err
 }
 
 // Close ends the connection without confirming anything.

@@ -82,9 +82,9 @@ func (b *bundle) connect() *replication.Conn {
 func (b *bundle) started() *replication.Session {
 	b.Helper()
 	conn := b.connect()
-	point, err := conn.CreateSlot(b.Context(), b.slot, false)
+	slot, err := conn.CreateSlot(b.Context(), b.slot, false)
 	b.must(err)
-	s, err := conn.Start(b.Context(), b.slot, "p", point)
+	s, err := conn.Start(b.Context(), b.slot, "p", slot.Point)
 	b.must(err)
 	return s
 }
@@ -399,9 +399,9 @@ func TestPublicationOfAnyName(t *testing.T) {
 	b.exec(`create publication ` + pgx.Identifier{name}.Sanitize() + ` for table t with (publish = 'insert')`)
 	b.exec(`drop publication p`)
 	conn := b.connect()
-	point, err := conn.CreateSlot(t.Context(), b.slot, false)
+	slot, err := conn.CreateSlot(t.Context(), b.slot, false)
 	b.must(err)
-	s, err := conn.Start(t.Context(), b.slot, name, point)
+	s, err := conn.Start(t.Context(), b.slot, name, slot.Point)
 	b.must(err)
 	w := &watcher{}
 	stop, _ := running(t, s, w)

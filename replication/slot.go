@@ -45,6 +45,10 @@ func ReadSlot(ctx context.Context, conn *pgx.Conn, name string) (Slot, error) {
 	return s, err
 }
 
+// Lost reports whether Postgres has invalidated the slot: WAL that it needs is
+// gone, so nothing comes out of it any more.
+func (s Slot) Lost() bool { return s.WALStatus == "lost" }
+
 // Check returns an error that says why a relay of this database can't use the
 // slot, and what to do.
 func (s Slot) Check(database string) error {
@@ -58,9 +62,6 @@ func (s Slot) Check(database string) error {
 		return fmt.Errorf("slot %s is temporary: choose another OUTBOX_SLOT", s.Name)
 	case s.TwoPhase:
 		return fmt.Errorf("slot %s decodes prepared transactions before they commit (two_phase): %s", s.Name, drop)
-	case s.WALStatus == "lost":
-		return fmt.Errorf("slot %[1]s is invalidated (wal_status = lost): WAL that it needs is gone, and the events in it come through no slot: they stand in the table with status 'pending'. "+
-			"To go on with new events only, SELECT pg_drop_replication_slot('%[1]s'), delete its row in outbox_relay_checkpoints and start again; insert the pending rows anew to publish them", s.Name)
 	}
 	return nil
 }

@@ -60,6 +60,7 @@ type Chain struct {
 	log      *slog.Logger
 	stream   Stream
 	outcomes Outcomes
+	message  MessageConfig
 	limit    int    // of a message, in bytes
 	inbox    string // prefix of the subjects that this chain's acks come on
 
@@ -135,7 +136,7 @@ type Origin struct {
 func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 	ch := &Chain{
 		client: c, log: c.log, stream: from.Stream, outcomes: outcomes,
-		limit:   int(c.nc.MaxPayload()),
+		message: from.Message,
 		inbox:   c.config.InboxPrefix + "." + nuid.Next() + ".",
 		sending: make(chan struct{}, 1),
 		builder: newBuilder(from.Message),
@@ -145,9 +146,7 @@ func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
 	}
-	if from.Stream.MaxMsgSize >= 0 {
-		ch.limit = min(ch.limit, from.Stream.MaxMsgSize)
-	}
+	ch.takeLimit(from.Stream)
 	ch.changed.L = &ch.mu
 	c.wire.discard()
 	return ch
@@ -267,6 +266,42 @@ func (ch *Chain) Broken() error {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	return ch.broken
+}
+
+// Refresh asks for the limits of what the server and the stream take: they may
+// have been raised since the last resync.
+func (ch *Chain) Refresh(ctx context.Context) error {
+	owner := ch.client.config.Stream
+	owner.Create = false
+	stream, err := ch.client.OpenStream(ctx, owner)
+	if err != nil {
+		return err
+	}
+	if err := ch.lockSending(ctx); err != nil {
+		return err
+	}
+	defer func() { <-ch.sending }()
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	ch.takeLimit(stream)
+	return nil
+}
+
+// takeLimit is called with the sending token and ch.mu held.
+func (ch *Chain) takeLimit(stream Stream) {
+	ch.limit = int(ch.client.nc.MaxPayload())
+	if stream.MaxMsgSize >= 0 {
+		ch.limit = min(ch.limit, stream.MaxMsgSize)
+	}
+}
+
+// Fits returns a *RejectedError where no message can carry the event as the limits
+// are now. Safe for concurrent use.
+func (ch *Chain) Fits(e *outbox.Event) error {
+	ch.mu.Lock()
+	limit := ch.limit
+	ch.mu.Unlock()
+	return newBuilder(ch.message).build(e, limit)
 }
 
 // Interrupted reports whether events wait that can't be stored at present.

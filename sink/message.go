@@ -85,7 +85,7 @@ func (b *builder) build(e *outbox.Event, limit int) error {
 	if !legalValue(e.ID) || len(e.ID) == 0 || len(bytes.Trim(e.ID, " \t")) != len(e.ID) {
 		return rejected("the id cannot stand in the header Nats-Msg-Id: it is empty, has control characters, or begins or ends with a space or tab")
 	}
-	b.plain("Nats-Msg-Id", e.ID)
+	b.messageID()
 	if err := b.makeSubject(); err != nil {
 		return err
 	}
@@ -104,6 +104,15 @@ func (b *builder) reset(e *outbox.Event) {
 	extra := b.event.Extra
 	b.event = *e
 	b.event.Extra = append(extra[:0], e.Extra...) // columns points into it
+}
+
+func (b *builder) messageID() {
+	if b.event.Run == "" {
+		b.plain("Nats-Msg-Id", b.event.ID)
+		return
+	}
+	b.plain("Nats-Msg-Id", []byte(b.event.MessageID()))
+	b.plain("Outbox-Replay", []byte(b.event.Run))
 }
 
 // plain adds a header whose value is legal as it is.

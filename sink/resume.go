@@ -65,6 +65,28 @@ func (c *Client) Resume(ctx context.Context, s Stream, after uint64, foreign boo
 	return found, nil
 }
 
+// Message is what a sequence of the stream holds.
+type Message struct {
+	Sequence uint64
+	ID       string // its Nats-Msg-Id, if it has one
+	Gone     bool
+}
+
+// Tail reads what follows sequence in the stream: at most limit messages, and of
+// those that are gone at the beginning no more than that either.
+func (c *Client) Tail(ctx context.Context, s Stream, after uint64, limit int) ([]Message, error) {
+	s.Last = min(s.Last, after+uint64(limit))
+	tail, err := c.tail(ctx, s, after, limit)
+	if err != nil {
+		return nil, err
+	}
+	messages := make([]Message, len(tail))
+	for i, m := range tail {
+		messages[i] = Message{Sequence: m.sequence, ID: m.id, Gone: m.gone}
+	}
+	return messages, nil
+}
+
 // allFound returns a function that is told ids, and is true from the one on with
 // which each message has its event. With a message gone it never is: any event
 // may be that message's.

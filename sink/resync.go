@@ -269,7 +269,7 @@ func (r *resyncer) unknown(tail []message) []message {
 			continue
 		}
 		if m := &tail[at-first]; m.gone {
-			m.gone, m.id = false, string(en.event.ID)
+			m.gone, m.id = false, en.event.MessageID()
 		}
 	}
 	return tail
@@ -280,7 +280,7 @@ func (r *resyncer) candidates() []candidate {
 	events := make([]candidate, 0, r.tail-r.head)
 	for n := r.head; n < r.tail; n++ {
 		en := r.at(n)
-		events = append(events, candidate{id: string(en.event.ID), maybe: en.copies > 0 || en.stored || r.inherited(en)})
+		events = append(events, candidate{id: en.event.MessageID(), maybe: en.copies > 0 || en.stored || r.inherited(en)})
 	}
 	return events
 }
@@ -366,10 +366,7 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 	r.next = stream.Last
 	r.probing = false
 	r.broken = nil // an answer to what is sent now may break the chain again
-	r.limit = int(r.client.nc.MaxPayload())
-	if stream.MaxMsgSize >= 0 {
-		r.limit = min(r.limit, stream.MaxMsgSize)
-	}
+	r.takeLimit(stream)
 	for n := r.head; n < r.tail && r.broken == nil; n++ {
 		en := r.at(n)
 		if en.stored {

@@ -98,11 +98,11 @@ func (r *relay) start(ctx context.Context) (*replication.Session, error) {
 		return nil, err
 	}
 	r.decoder = decoder.New(table, outbox.Columns{})
-	point, err := r.conn.CreateSlot(ctx, r.slot, false)
+	slot, err := r.conn.CreateSlot(ctx, r.slot, false)
 	if err != nil {
 		return nil, err
 	}
-	return r.conn.Start(ctx, r.slot, "outbox_relay", point)
+	return r.conn.Start(ctx, r.slot, "outbox_relay", slot.Point)
 }
 
 // Data implements replication.Handler.

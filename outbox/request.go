@@ -1,0 +1,81 @@
+package outbox
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strconv"
+)
+
+// Request asks the relay to publish rows from the table. It is the content of a
+// transactional logical message, so it comes out of the slot in the order of
+// commits, and not at all where its transaction is rolled back. Anyone may emit
+// one: it names ids only.
+type Request struct {
+	Run      string   // of a replay; empty: a retry
+	IDs      []string // each once, in the order in which the rows are to be published
+	Attempts []int    // of a retry: retried_attempts that each row must have, or it was retried again since
+}
+
+// maxRequest is how many rows a request may name, maxRun how long a run's name
+// may be.
+const (
+	maxRequest = 1000
+	maxRun     = 100
+)
+
+// RequestPrefix is the prefix of the logical messages for the table with that
+// OID.
+func RequestPrefix(table uint32) string {
+	return "outbox_relay:" + strconv.FormatUint(uint64(table), 10)
+}
+
+// ParseRequest parses {"retry": [{"id": …, "attempt": …}, …]} or
+// {"replay": run, "ids": [id, …]}.
+func ParseRequest(content []byte) (Request, error) {
+	var body struct {
+		Retry []struct {
+			ID      string `json:"id"`
+			Attempt int    `json:"attempt"`
+		} `json:"retry"`
+		Replay string   `json:"replay"`
+		IDs    []string `json:"ids"`
+	}
+	if err := json.Unmarshal(content, &body); err != nil {
+		return Request{}, fmt.Errorf("read a request: %w", err)
+	}
+	r := Request{Run: body.Replay, IDs: body.IDs}
+	for _, retry := range body.Retry {
+		r.IDs = append(r.IDs, retry.ID)
+		r.Attempts = append(r.Attempts, retry.Attempt)
+	}
+	return r, r.check(len(body.Retry))
+}
+
+func (r Request) check(retries int) error {
+	switch {
+	case (retries > 0) == (r.Run != ""), retries > 0 && len(r.IDs) != retries:
+		return errors.New("read a request: it is neither a retry nor a replay")
+	case len(r.IDs) == 0 || len(r.IDs) > maxRequest:
+		return fmt.Errorf("read a request: it names %d rows: 1 to %d are taken", len(r.IDs), maxRequest)
+	case len(r.Run) > maxRun || !printable(r.Run):
+		return fmt.Errorf("read a request: the run's name %q can't stand in a header: at most %d printable ASCII characters without space", r.Run, maxRun)
+	}
+	seen := make(map[string]bool, len(r.IDs))
+	for _, id := range r.IDs {
+		if seen[id] || id == "" {
+			return fmt.Errorf("read a request: id %q is empty or named twice", id)
+		}
+		seen[id] = true
+	}
+	return nil
+}
+
+func printable(s string) bool {
+	for i := range len(s) {
+		if s[i] <= ' ' || s[i] > '~' {
+			return false
+		}
+	}
+	return true
+}

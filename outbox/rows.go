@@ -1,0 +1,77 @@
+package outbox
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+)
+
+// Row is a row as it stands in the table: what is published from there, and not
+// from WAL.
+type Row struct {
+	Event    Event // in memory of its own, without a position
+	Attempts int   // retried_attempts
+}
+
+// Pending reports whether the row waits to be published.
+func (r *Row) Pending() bool { return string(r.Event.Status) == "pending" }
+
+// Rows reads the rows with these ids. An id that is not in the result has none.
+func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string) (map[string]*Row, error) {
+	list, err := t.rows(ctx, conn, layout, `e.id = any ($1)`, ids)
+	if err != nil {
+		return nil, err
+	}
+	byID := make(map[string]*Row, len(list))
+	for _, row := range list {
+		byID[string(row.Event.ID)] = row
+	}
+	return byID, nil
+}
+
+// Failed reports whether the row has failed, or is gone and known to have.
+func (t Table) Failed(ctx context.Context, conn *pgx.Conn, id string) (failed bool, err error) {
+	err = conn.QueryRow(ctx, `select exists (select from `+t.String()+` where id = $1 and status = 'failed')
+		or exists (select from `+t.leftovers()+` where slot = $2 and id = $1 and outcome = 'failed')`, id, t.Slot).Scan(&failed)
+	if err != nil {
+		return false, fmt.Errorf("read the status of event %s: %w", id, err)
+	}
+	return failed, nil
+}
+
+// rows reads the rows of table e that a condition, and what follows it, selects.
+func (t Table) rows(ctx context.Context, conn *pgx.Conn, layout Layout, condition string, args ...any) ([]*Row, error) {
+	rows, err := conn.Query(ctx, `select e.retried_attempts, `+t.texts(layout)+` from `+t.String()+` e where `+condition, args...)
+	if err != nil {
+		return nil, fmt.Errorf("read rows of %s: %w", t, err)
+	}
+	list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (*Row, error) {
+		row := &Row{}
+		dest := []any{&row.Attempts}
+		for _, field := range t.Columns.Fields(&row.Event) {
+			dest = append(dest, field.Value)
+		}
+		return row, r.Scan(dest...)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read rows of %s: %w", t, err)
+	}
+	return list, nil
+}
+
+// texts lists the event's columns in the order of Columns.Fields, as text: what
+// pgoutput sends, given the settings that the session is pinned to. Those that
+// the table lacks are NULL.
+func (t Table) texts(layout Layout) string {
+	var list []string
+	for _, field := range t.Columns.Fields(&Event{}) {
+		if layout.Columns[field.Name] {
+			list = append(list, "e."+pgx.Identifier{field.Name}.Sanitize()+"::text")
+		} else {
+			list = append(list, "null::text")
+		}
+	}
+	return strings.Join(list, ", ")
+}

@@ -1,0 +1,165 @@
+package relay
+
+import (
+	"context"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/outbox"
+)
+
+// request takes a request to publish rows from the table. In the order of
+// commits it is one event: all before it is recorded first, and it before all
+// that follows.
+func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request) error {
+	if end.Compare(p.after) <= 0 {
+		return nil // done
+	}
+	if err := p.turn(); err != nil {
+		return err
+	}
+	if err := p.settle(); err != nil {
+		return err
+	}
+	var rows map[string]*outbox.Row
+	err := p.recorder.visible(p.ctx, xid, func(ctx context.Context) (err error) {
+		rows, err = p.table.Rows(ctx, p.sql, p.layout, r.IDs)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	batch := checkpoint.TableBatch{Source: checkpoint.Retry, Run: r.Run, End: end}
+	if r.Run != "" {
+		batch.Source = checkpoint.Replay
+	}
+	for i, id := range r.IDs {
+		if row := rows[id]; row != nil && (r.Run != "" || row.Pending() && row.Attempts == r.Attempts[i]) {
+			batch.IDs = append(batch.IDs, id)
+		}
+	}
+	p.tellRequest(batch, len(r.IDs)-len(batch.IDs))
+	if len(batch.IDs) == 0 {
+		return p.pass(end, xid)
+	}
+	if err := p.chain.Refresh(p.ctx); err != nil { // what did not fit may fit now
+		return err
+	}
+	if err := p.announce(batch); err != nil {
+		return err
+	}
+	return p.publishBatch(batch, rows)
+}
+
+func (p *pipeline) tellRequest(b checkpoint.TableBatch, leftOut int) {
+	args := []any{"source", string(b.Source), "events", len(b.IDs), "position", b.End.String()}
+	if b.Run != "" {
+		args = append(args, "run", b.Run)
+	}
+	if len(b.IDs) > 0 {
+		p.log.Info("publishing from the table", args...)
+	}
+	if leftOut > 0 {
+		p.relay.metrics.unmatched.Add(float64(leftOut))
+		p.log.Warn("rows that were asked for are gone, or have another state by now: they are left out", append(args, "left_out", leftOut)...)
+	}
+}
+
+// stray passes over a request that nobody can read.
+func (p *pipeline) stray(err error) {
+	p.relay.metrics.unmatched.Inc()
+	p.log.Warn("ignored a request to publish rows", "error", err, "commit", p.decoder.Event.Position.Commit.String())
+}
+
+// pass lets the checkpoint move past a request that has nothing to publish.
+func (p *pipeline) pass(end checkpoint.Position, xid uint32) error {
+	index, err := p.tracker.Add(p.ctx, end, xid, nil)
+	if err != nil {
+		return err
+	}
+	p.tracker.Skip(index)
+	p.at = end
+	p.fence(index)
+	return nil
+}
+
+// settle waits until all that was read is stored or parked, and recorded.
+func (p *pipeline) settle() error {
+	if err := p.chain.Drain(p.ctx); err != nil {
+		return err
+	}
+	p.recorder.hurry()
+	return p.tracker.WaitEmpty(p.ctx)
+}
+
+// announce records which rows are published next.
+func (p *pipeline) announce(b checkpoint.TableBatch) error {
+	return p.recorder.do(p.ctx, func(ctx context.Context) error {
+		p.recorder.batch = b
+		return p.store.Announce(ctx, b)
+	})
+}
+
+// finish publishes the rest of a batch that an earlier session announced.
+func (p *pipeline) finish(b checkpoint.TableBatch) error {
+	var rows map[string]*outbox.Row
+	err := p.recorder.do(p.ctx, func(ctx context.Context) (err error) {
+		p.recorder.batch = b
+		rows, err = p.table.Rows(ctx, p.sql, p.layout, b.Left())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	p.log.Info("publishing the rest of what an earlier session began to publish from the table", "source", string(b.Source), "events", len(b.Left()))
+	return p.publishBatch(b, rows)
+}
+
+// publishBatch publishes what is left of an announced batch, and returns when
+// all of it is recorded.
+func (p *pipeline) publishBatch(b checkpoint.TableBatch, rows map[string]*outbox.Row) error {
+	p.source = b.Source
+	defer func() { p.source = "" }()
+	for place := b.Done; place < len(b.IDs); place++ {
+		if place == len(b.IDs)-1 {
+			p.at = b.End
+		}
+		if err := p.row(b, place, rows[b.IDs[place]]); err != nil {
+			return err
+		}
+	}
+	if err := p.settle(); err != nil {
+		return err
+	}
+	p.relay.metrics.fromTable(b.Source, len(b.Left()))
+	return nil
+}
+
+// row publishes the row at one place of a batch. One that has gone, or changed its state, since
+// it was announced is passed over, like a parked event.
+func (p *pipeline) row(b checkpoint.TableBatch, place int, row *outbox.Row) error {
+	index, err := p.tracker.Add(p.ctx, p.at, 0, []byte(outbox.MessageID(b.IDs[place], b.Run)))
+	if err != nil {
+		return err
+	}
+	if p.known(index) {
+		return nil
+	}
+	if row == nil || b.Run == "" && !row.Pending() {
+		p.tracker.Skip(index)
+		p.fence(index)
+		return nil
+	}
+	e := &row.Event
+	e.Run, e.Position = b.Run, p.position(b, place)
+	return p.send(index, e)
+}
+
+// position is what the message says. A row that does not come out of the slot has
+// no LSN.
+func (p *pipeline) position(b checkpoint.TableBatch, place int) checkpoint.Position {
+	if b.Source == checkpoint.Backfill {
+		p.number++
+		return checkpoint.Position{Ordinal: p.number}
+	}
+	return checkpoint.Position{Commit: b.End.Commit, Ordinal: b.End.Ordinal - uint64(len(b.IDs)-1-place)}
+}
