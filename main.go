@@ -140,6 +140,7 @@ func relayConfig(cfg config.Config) relay.Config {
 		},
 		Halt:         cfg.OnReject == config.OnRejectHalt,
 		ConfirmDelay: cfg.ConfirmDelay,
+		Backfill:     cfg.Backfill,
 		Grace:        cfg.ShutdownGrace,
 	}
 }
