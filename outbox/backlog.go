@@ -13,7 +13,7 @@ import (
 type Backlog struct {
 	table  Table
 	layout Layout
-	conn   *pgx.Conn // its own
+	conn   *pgx.Conn // its own; closing it ends the snapshot
 
 	before string   // pg_snapshot: what was inserted by a transaction that this sees is part of it
 	missed []string // further rows that are
@@ -123,14 +123,6 @@ func (b *Backlog) Next(ctx context.Context, limit int) ([]*Row, error) {
 		b.after = string(list[len(list)-1].Event.ID)
 	}
 	return list, err
-}
-
-// Close ends the snapshot.
-func (b *Backlog) Close(ctx context.Context) error {
-	if _, err := b.conn.Exec(ctx, `rollback`); err != nil {
-		return fmt.Errorf("end the backlog's snapshot: %w", err)
-	}
-	return nil
 }
 
 // WithoutRow returns those of the ids that no row has.

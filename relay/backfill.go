@@ -58,9 +58,7 @@ func (p *pipeline) backfill() error {
 		}
 		progress.add(len(list))
 	}
-	if err := p.backlog.Close(p.ctx); err != nil {
-		return err
-	}
+	closeSQL(p.reading) // and with it the snapshot, which keeps Postgres from cleaning up
 	err = p.recorder.do(p.ctx, func(ctx context.Context) error { return p.store.Backfilled(ctx) })
 	if err == nil {
 		progress.end()
@@ -91,7 +89,9 @@ type progress struct {
 
 func newProgress(s *session, total int) *progress {
 	now := time.Now()
-	s.log.Info("publishing the rows that do not come out of the slot", "rows", total)
+	if total > 0 {
+		s.log.Info("publishing the rows that do not come out of the slot", "rows", total)
+	}
 	s.relay.metrics.backlog.Set(float64(total))
 	return &progress{session: s, total: total, began: now, told: now}
 }

@@ -57,7 +57,7 @@ func TestStreamsThatCannotKeepThePromise(t *testing.T) {
 	}
 	requireEnd(t, b.start("STREAM_CREATE=false"), 1, "stream EVENTS does not exist", "OUTBOX_STREAM_CREATE=true")
 	b.requireWorks()
-	b.requireStatus("pending", early)
+	b.requireStatus("published", early)
 }
 
 // makeStream makes the stream; one can be sealed only later.

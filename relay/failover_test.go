@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/nats-io/nats.go"
 
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
@@ -228,14 +229,34 @@ func TestRestore(t *testing.T) {
 	b.requireStream(append(ids, more...))
 	requireLeaves(b, r)
 
-	// pg_basebackup would have left it out.
+	// pg_basebackup would have left it out: what it has lost comes from the table,
+	// and what the stream has beyond the backup is told.
 	b.dropSlot()
+	lost := b.insert(2)
 	b.exec(`update outbox_relay_checkpoints set timeline = 1`)
-	requireEnd(t, b.start(), 1, "is gone", "on timeline 1 (this is 2", "backup restored", "DELETE FROM")
-	// As a dump would have it.
+	b.publish(nats.Header{"Nats-Msg-Id": {"event_phantom"}})
+	b.publish(nats.Header{"Nats-Msg-Id": {lost[0]}})
+	requireEnd(t, b.start("AFTER_PUBLISH=keep"), 1, "is gone", "on timeline 1 (this is 2", "backup restored", "DELETE FROM")
+	r = b.streaming()
+	r.WaitLog("is gone, and its checkpoint")
+	r.WaitLog("transactions are lost")
+	r.WaitLog("event_phantom")
+	last := b.insert(2)
+	b.requireStatus("published", append(lost, last...))
+	want := append(append(append(ids, more...), "event_phantom"), append(lost, last...)...)
+	b.requireStream(want)
+	requireLeaves(b, r)
+
+	// As a dump would have it: only somebody can say that the other cluster is gone.
+	b.dropSlot()
+	last = b.insert(1)
 	b.exec(`update outbox_relay_checkpoints set timeline = 2, system_identifier = '7000000000000000000'`)
-	requireEnd(t, b.start(), 1, "restored from a dump", "7000000000000000000", "DELETE FROM")
+	requireEnd(t, b.start(), 1, "restored from a dump", "7000000000000000000", "UPDATE public.outbox_relay_checkpoints SET system_identifier", "DELETE FROM")
 	b.exec(`update outbox_relay_checkpoints set timeline = 3, system_identifier = (select system_identifier::text from pg_control_system())`)
 	requireEnd(t, b.start(), 1, "old primary", "connect to the current one")
-	b.requireStream(append(ids, more...))
+	b.exec(`update outbox_relay_checkpoints set timeline = 2`)
+	r = b.streaming()
+	b.requireStatus("published", last)
+	b.requireStream(append(want, last...))
+	requireLeaves(b, r)
 }

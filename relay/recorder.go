@@ -178,7 +178,7 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 		return full, nil
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
-	case r.sql.IsClosed() || !passes(err) || errors.Is(err, checkpoint.ErrSuperseded) || errors.Is(err, checkpoint.ErrNotReplicated):
+	case r.sql.IsClosed() || !passes(err) || errors.Is(err, checkpoint.ErrSuperseded) || errors.Is(err, checkpoint.ErrNotReplicated) || errors.Is(err, errMissed):
 		return false, r.explainSchema(ctx, err)
 	}
 	r.relay.refused.Store(true)

@@ -68,13 +68,17 @@ func (s *session) close() {
 	if s.conn != nil {
 		s.conn.Close()
 	}
-	for _, conn := range []*pgx.Conn{s.sql, s.reading} {
-		if conn != nil {
-			ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-			defer cancel()
-			_ = conn.Close(ctx)
-		}
+	closeSQL(s.sql)
+	closeSQL(s.reading)
+}
+
+func closeSQL(conn *pgx.Conn) {
+	if conn == nil {
+		return
 	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = conn.Close(ctx)
 }
 
 // connect reaches both ends and checks that they can keep the promise.
