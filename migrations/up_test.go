@@ -234,7 +234,7 @@ func runAlone(t *testing.T, config *pgx.ConnConfig, rendered []File) {
 func TestFilesAlone(t *testing.T) {
 	t.Parallel()
 	withColumn := Target{Schema: "shop", Table: "order_events", Publication: "p", Columns: []string{"retried_at"}}
-	for name, target := range map[string]Target{"usual": usual, "odd": odd, "column": withColumn} {
+	for name, target := range map[string]Target{"usual": usual, "odd": odd, "column": withColumn, "partitioned": partitioned} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			config, conn := newDatabase(t)
