@@ -4,6 +4,8 @@ package main
 
 import (
 	"context"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"log/slog"
@@ -11,7 +13,9 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
@@ -39,6 +43,21 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
   outbox-relay [run]             relay until SIGTERM or SIGINT
   outbox-relay migrate           make the table, the publication and the relay's own tables
   outbox-relay migrate --print   show the SQL of that instead
+  outbox-relay status [--json]   how slot, checkpoint, stream and rows stand, and what is wrong;
+                                 exit code 0 whatever it finds, as long as Postgres can be asked
+  outbox-relay retry ID…         have failed rows published again, once their cause is mended
+  outbox-relay retry --all       have all failed rows published again
+  outbox-relay park ID [REASON]  let a relay that halted before this event pass over it: it is failed
+  outbox-relay replay …          have rows that are still in the table published once more:
+      --from TIME, --to TIME       created_at in [from, to): RFC 3339, or a date in UTC
+      --aggregate-type T, --event-type T
+      --id ID                      may be given many times
+      --all                        every row, where none of the above is given
+      --run NAME, --after ID       go on with a run: the same name gives a message the same id
+      --dry-run                    only say which rows
+      --yes                        do not ask
+  outbox-relay drop SLOT         remove a relay that is not to come back: slot, publication, checkpoint
+      --force                      with what is kept of rejected events
   outbox-relay healthcheck       ask the relay that runs here whether it is well
   outbox-relay version
   outbox-relay help              this, and every variable of the configuration
@@ -47,17 +66,33 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
 // version is set when a release is built.
 var version string
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 
-func run(args []string, stdout, stderr io.Writer) int {
+// streams are the program's own.
+type streams struct {
+	in       io.Reader
+	out, err io.Writer
+}
+
+// action is a command, with its arguments bound.
+type action func(ctx context.Context, cfg config.Config, std streams) error
+
+// commands bind their arguments, and refuse those that make no sense.
+var commands = map[string]func(args []string) (action, error){
+	"run":         plain(relayEvents),
+	"migrate":     parseMigrate,
+	"status":      parseStatus,
+	"retry":       parseRetry,
+	"park":        parsePark,
+	"replay":      parseReplay,
+	"drop":        parseDrop,
+	"healthcheck": plain(healthcheck),
+}
+
+func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
 	defer stop()
 	command, args := split(args)
-	commands := map[string]func(context.Context, config.Config, io.Writer, io.Writer) error{
-		"run":         relayEvents,
-		"migrate":     migrate,
-		"healthcheck": healthcheck,
-	}
 	switch command {
 	case "help":
 		fmt.Fprintf(stdout, "%s\n%s", usage, config.Usage())
@@ -66,13 +101,18 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stdout, buildVersion())
 		return exitOK
 	}
-	if command == "migrate" && len(args) == 1 && args[0] == "--print" {
-		command, args = "migrate --print", nil
-		commands[command] = printMigrations
+	parse := commands[command]
+	if parse == nil {
+		fmt.Fprintf(stderr, "outbox-relay: unknown command %q\n\n%s", command, usage)
+		return exitUsage
 	}
-	do := commands[command]
-	if do == nil || len(args) > 0 {
-		fmt.Fprintf(stderr, "outbox-relay: unknown command or argument %q\n\n%s", append([]string{command}, args...), usage)
+	do, err := parse(args)
+	if errors.Is(err, flag.ErrHelp) {
+		fmt.Fprint(stdout, usage)
+		return exitOK
+	}
+	if err != nil {
+		fmt.Fprintf(stderr, "outbox-relay %s: %s: see `outbox-relay help`\n", command, err)
 		return exitUsage
 	}
 	cfg, err := config.Load()
@@ -80,7 +120,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "outbox-relay: the configuration has faults:\n%s\n", err)
 		return exitUsage
 	}
-	if err := do(ctx, cfg, stdout, stderr); err != nil {
+	switch err := do(ctx, cfg, streams{stdin, stdout, stderr}); {
+	case errors.Is(err, ops.ErrUsage):
+		fmt.Fprintf(stderr, "outbox-relay: %s\n", err)
+		return exitUsage
+	case err != nil:
 		fmt.Fprintf(stderr, "outbox-relay: %s\n", err)
 		return exitFatal
 	}
@@ -100,9 +144,134 @@ func split(args []string) (command string, rest []string) {
 	return args[0], args[1:]
 }
 
+// parse reads flags, which may stand before, between and behind the other
+// arguments, and returns those.
+func parse(args []string, define func(*flag.FlagSet)) (others []string, err error) {
+	flags := flag.NewFlagSet("", flag.ContinueOnError)
+	flags.SetOutput(io.Discard)
+	define(flags)
+	for {
+		if err := flags.Parse(args); err != nil {
+			return nil, err
+		}
+		if args = flags.Args(); len(args) == 0 {
+			return others, nil
+		}
+		others, args = append(others, args[0]), args[1:]
+	}
+}
+
+// parseOnly is parse for a command that takes nothing but flags.
+func parseOnly(args []string, define func(*flag.FlagSet)) error {
+	others, err := parse(args, define)
+	if err == nil && len(others) > 0 {
+		err = fmt.Errorf("unknown argument %q", others[0])
+	}
+	return err
+}
+
+func plain(do action) func([]string) (action, error) {
+	return func(args []string) (action, error) { return do, parseOnly(args, func(*flag.FlagSet) {}) }
+}
+
+func parseMigrate(args []string) (action, error) {
+	show := false
+	err := parseOnly(args, func(f *flag.FlagSet) { f.BoolVar(&show, "print", false, "") })
+	if show {
+		return printMigrations, err
+	}
+	return migrate, err
+}
+
+func parseStatus(args []string) (action, error) {
+	asJSON := false
+	err := parseOnly(args, func(f *flag.FlagSet) { f.BoolVar(&asJSON, "json", false, "") })
+	return func(ctx context.Context, cfg config.Config, std streams) error {
+		return admin(cfg, std).Status(ctx, asJSON)
+	}, err
+}
+
+func parseRetry(args []string) (action, error) {
+	all := false
+	ids, err := parse(args, func(f *flag.FlagSet) { f.BoolVar(&all, "all", false, "") })
+	if err == nil && all == (len(ids) > 0) {
+		err = errors.New("it takes either ids or --all")
+	}
+	return func(ctx context.Context, cfg config.Config, std streams) error {
+		if all {
+			return admin(cfg, std).RetryEvery(ctx)
+		}
+		return admin(cfg, std).RetryRows(ctx, ids)
+	}, err
+}
+
+func parsePark(args []string) (action, error) {
+	if len(args) == 0 || args[0] == "" || args[0][0] == '-' {
+		return nil, errors.New("it takes an id, and a reason")
+	}
+	return func(ctx context.Context, cfg config.Config, std streams) error {
+		return admin(cfg, std).Park(ctx, args[0], strings.Join(args[1:], " "))
+	}, nil
+}
+
+func parseReplay(args []string) (action, error) {
+	var r ops.Replay
+	err := parseOnly(args, func(f *flag.FlagSet) {
+		f.Func("from", "", timeFlag(&r.From))
+		f.Func("to", "", timeFlag(&r.To))
+		f.StringVar(&r.AggregateType, "aggregate-type", "", "")
+		f.StringVar(&r.EventType, "event-type", "", "")
+		f.Func("id", "", func(id string) error {
+			r.IDs = append(r.IDs, id)
+			return nil
+		})
+		f.StringVar(&r.Run, "run", "", "")
+		f.StringVar(&r.After, "after", "", "")
+		f.BoolVar(&r.All, "all", false, "")
+		f.BoolVar(&r.DryRun, "dry-run", false, "")
+		f.BoolVar(&r.Yes, "yes", false, "")
+	})
+	return func(ctx context.Context, cfg config.Config, std streams) error {
+		return admin(cfg, std).Replay(ctx, r)
+	}, err
+}
+
+func timeFlag(t *time.Time) func(string) error {
+	return func(text string) (err error) {
+		if *t, err = time.Parse(time.RFC3339, text); err == nil {
+			return nil
+		}
+		if *t, err = time.Parse(time.DateOnly, text); err != nil {
+			return errors.New("want a time such as 2026-11-24T15:30:00Z, or a date")
+		}
+		return nil
+	}
+}
+
+func parseDrop(args []string) (action, error) {
+	force := false
+	slots, err := parse(args, func(f *flag.FlagSet) { f.BoolVar(&force, "force", false, "") })
+	if err == nil && len(slots) != 1 {
+		err = errors.New("it takes the slot's name")
+	}
+	return func(ctx context.Context, cfg config.Config, std streams) error {
+		return admin(cfg, std).Drop(ctx, slots[0], force)
+	}, err
+}
+
+// admin is what the operator's commands work with. They make no stream, so that
+// they need not know the cluster's identity.
+func admin(cfg config.Config, std streams) ops.Admin {
+	relaying := relayConfig(cfg)
+	return ops.Admin{
+		Postgres: relaying.Postgres, Table: relaying.Table, Sink: relaying.Sink(replication.System{}),
+		In: std.in, Out: std.out, Err: std.err,
+	}
+}
+
 // relayEvents runs the relay and its HTTP server until ctx ends.
-func relayEvents(ctx context.Context, cfg config.Config, _, stderr io.Writer) error {
-	log := logger(cfg.Log, stderr)
+func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
+	log := logger(cfg.Log, std.err)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector())
@@ -202,7 +371,7 @@ func target(cfg config.Config) migrations.Target {
 		Publication: cfg.Postgres.Publication, Columns: extraColumns(cfg.Subject)}
 }
 
-func migrate(ctx context.Context, cfg config.Config, _, stderr io.Writer) error {
+func migrate(ctx context.Context, cfg config.Config, std streams) error {
 	url, err := cfg.Postgres.URL.Value()
 	if err != nil {
 		return err
@@ -211,21 +380,21 @@ func migrate(ctx context.Context, cfg config.Config, _, stderr io.Writer) error 
 	if err != nil {
 		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
-	return migrations.Up(ctx, postgres, target(cfg), logger(cfg.Log, stderr))
+	return migrations.Up(ctx, postgres, target(cfg), logger(cfg.Log, std.err))
 }
 
-func printMigrations(_ context.Context, cfg config.Config, stdout, _ io.Writer) error {
+func printMigrations(_ context.Context, cfg config.Config, std streams) error {
 	rendered, err := migrations.Render(target(cfg))
 	if err != nil {
 		return err
 	}
 	for _, file := range rendered {
-		fmt.Fprintf(stdout, "-- %s\n\n%s\n", file.Name, file.SQL)
+		fmt.Fprintf(std.out, "-- %s\n\n%s\n", file.Name, file.SQL)
 	}
 	return nil
 }
 
-func healthcheck(ctx context.Context, cfg config.Config, _, _ io.Writer) error {
+func healthcheck(ctx context.Context, cfg config.Config, _ streams) error {
 	return ops.Healthcheck(ctx, cfg.HTTPAddr)
 }
 

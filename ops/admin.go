@@ -1,0 +1,160 @@
+package ops
+
+import (
+	"bufio"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"outbox-relay/outbox"
+	"outbox-relay/replication"
+	"outbox-relay/sink"
+)
+
+// Admin is what the commands of an operator work with. Each command is a method
+// that opens a connection of its own, ends when ctx does, and returns an error
+// where the program is to exit with 1.
+type Admin struct {
+	Postgres func() (string, error) // the URL
+	Table    outbox.Table
+	Sink     sink.Config
+	In       io.Reader
+	Out      io.Writer // results
+	Err      io.Writer // progress, and questions
+}
+
+// ErrUsage says that a command was asked for in a way that makes no sense: the
+// program exits with 2.
+var ErrUsage = errors.New("usage")
+
+// errRecovery says that the server is a standby.
+var errRecovery = errors.New("the server is in recovery: this needs the primary (several hosts? add target_session_attrs=read-write to OUTBOX_POSTGRES_URL)")
+
+// connect opens a connection to the primary, with further settings.
+func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Conn, error) {
+	url, err := a.Postgres()
+	if err != nil {
+		return nil, err
+	}
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+	}
+	for name, value := range map[string]string{
+		"application_name": "outbox-relay command", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
+		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed",
+	} {
+		config.RuntimeParams[name] = value
+	}
+	for name, value := range settings {
+		config.RuntimeParams[name] = value
+	}
+	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, fmt.Errorf("connect to Postgres: %w: start it, or see to OUTBOX_POSTGRES_URL", err)
+	}
+	if err := a.check(ctx, conn); err != nil {
+		hangUp(conn)
+		return nil, explain(err)
+	}
+	return conn, nil
+}
+
+// check makes sure that the server is one that the commands can ask.
+func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
+	var recovery, table, lifecycle bool
+	err := conn.QueryRow(ctx, `select pg_catalog.pg_is_in_recovery(), pg_catalog.to_regclass($1) is not null, pg_catalog.to_regclass($2) is not null`,
+		a.Table.String(), pgx.Identifier{a.Table.Schema, "outbox_relay_batches"}.Sanitize()).Scan(&recovery, &table, &lifecycle)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look for table %s: %w", a.Table, err)
+	case recovery:
+		return errRecovery
+	case !table:
+		return fmt.Errorf("table %s does not exist: correct OUTBOX_TABLE or OUTBOX_POSTGRES_URL, or create it with `outbox-relay migrate`", a.Table)
+	case !lifecycle:
+		return fmt.Errorf("table %s has no outbox_relay_batches beside it: run `outbox-relay migrate` of this release", a.Table)
+	}
+	return nil
+}
+
+func hangUp(conn *pgx.Conn) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = conn.Close(ctx)
+}
+
+// use lends a connection to do, and explains its error.
+func (a Admin) use(ctx context.Context, settings map[string]string, do func(conn *pgx.Conn) error) error {
+	conn, err := a.connect(ctx, settings)
+	if err != nil {
+		return err
+	}
+	defer hangUp(conn)
+	return explain(do(conn))
+}
+
+// explain adds what to do where Postgres refuses.
+func explain(err error) error {
+	var pgErr *pgconn.PgError
+	if !errors.As(err, &pgErr) {
+		return err
+	}
+	switch pgErr.Code {
+	case "42501": // insufficient_privilege
+		return fmt.Errorf("%w: the README lists the grants of each command; or use the role that owns the table", err)
+	case "55P03": // lock_not_available
+		return fmt.Errorf("%w: the application holds it locked; try again when its transaction has ended", err)
+	case "42883": // undefined_function
+		return fmt.Errorf("%w: run `outbox-relay migrate` of this release", err)
+	}
+	return err
+}
+
+var errNobody = errors.New("nobody can be asked here: say --yes, or look first with --dry-run")
+
+// confirm asks a question on a terminal; elsewhere the answer has to be given
+// beforehand, by --yes.
+func (a Admin) confirm(ctx context.Context, question string) error {
+	if !isTerminal(a.In) {
+		return errNobody
+	}
+	fmt.Fprintf(a.Err, "%s [y/N] ", question)
+	answered := make(chan string, 1)
+	go func() { // ends with the program, where ctx ends first
+		line, _ := bufio.NewReader(a.In).ReadString('\n') // without an end: nobody is there
+		answered <- line
+	}()
+	select {
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case answer := <-answered:
+		switch strings.ToLower(strings.TrimSpace(answer)) {
+		case "y", "yes":
+			return nil
+		}
+		if answer == "" {
+			return errNobody
+		}
+		return errors.New("nothing was done")
+	}
+}
+
+// isTerminal reports whether somebody sees, or types, what goes through it.
+func isTerminal(stream any) bool {
+	file, ok := stream.(*os.File)
+	if !ok {
+		return false
+	}
+	info, err := file.Stat()
+	return err == nil && info.Mode()&os.ModeCharDevice != 0
+}
