@@ -310,7 +310,11 @@ func relayConfig(cfg config.Config) relay.Config {
 		Halt:         cfg.OnReject == config.OnRejectHalt,
 		ConfirmDelay: cfg.ConfirmDelay,
 		Backfill:     cfg.Backfill,
-		Grace:        cfg.ShutdownGrace,
+		Housekeeping: relay.Housekeeping{
+			Retention: cfg.Retention,
+			Retries:   outbox.Retries{Attempts: cfg.Retry.Attempts, Backoff: cfg.Retry.Backoff},
+		},
+		Grace: cfg.ShutdownGrace,
 	}
 }
 

@@ -22,6 +22,7 @@ type Metrics struct {
 	inflight, inflightBytes        prometheus.Gauge
 	unrecorded                     prometheus.Gauge
 	received, confirmed            prometheus.Gauge
+	housekeeping                   housekeepingMetrics
 }
 
 // NewMetrics registers the relay's metrics.
@@ -69,6 +70,7 @@ func NewMetrics(registry prometheus.Registerer) *Metrics {
 	m.unrecorded = gauge("unrecorded_events", "Events read whose outcome is not recorded.")
 	m.received = gauge("received_lsn_bytes", "LSN up to which WAL was received, in bytes.")
 	m.confirmed = gauge("confirmed_lsn_bytes", "LSN that was confirmed to the slot, in bytes.")
+	m.housekeeping = newHousekeepingMetrics(counter)
 	return m
 }
 

@@ -27,6 +27,7 @@ type Config struct {
 	ConfirmDelay time.Duration
 	Grace        time.Duration // for the last events when the relay is stopped
 	Backfill     bool          // publish the rows that were pending before the slot
+	Housekeeping Housekeeping
 }
 
 // unrecordedBound is how many events may be stored and not recorded. It bounds

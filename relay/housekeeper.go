@@ -1,0 +1,343 @@
+package relay
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"outbox-relay/outbox"
+	"outbox-relay/replication"
+)
+
+// Housekeeping is what the relay does to the table beside publishing. The zero
+// value is nothing.
+type Housekeeping struct {
+	Retention time.Duration  // published rows that are older go; 0: they stay
+	Retries   outbox.Retries // of rows that failed and could be sent by now; no attempts: none
+}
+
+const (
+	removeStep = 1000 // rows that one statement of the retention looks at
+	retryStep  = 100  // failed rows that are looked at before any is retried
+	// restShare is how much longer than its work the housekeeper rests after each
+	// step, so that it never takes more than a fifth of a connection's time.
+	restShare = 4
+	// A pass begins again after a tenth of the time that it is about.
+	minPause, maxPause = time.Second, time.Minute
+	// unfitPause is how long a failed row that can't be sent yet is left alone:
+	// to know that takes its whole payload. So many are remembered at most.
+	unfitPause, maxUnfit = 10 * time.Minute, 10_000
+	tellEvery            = 10 * time.Minute // between two lines that say what was removed
+	refreshLimit         = 10 * time.Second // for the stream to tell its limits
+	streamingPause       = time.Second      // between two looks whether the relay streams
+)
+
+// housekeepingMetrics are what the housekeeper counts.
+type housekeepingMetrics struct {
+	removed, dropped, retried prometheus.Counter
+}
+
+func newHousekeepingMetrics(counter func(name, help string) prometheus.Counter) housekeepingMetrics {
+	return housekeepingMetrics{
+		removed: counter("rows_removed_total", "Published rows that OUTBOX_RETENTION has removed."),
+		dropped: counter("partitions_dropped_total", "Partitions that OUTBOX_RETENTION has dropped with all their rows."),
+		retried: counter("automatic_retries_total", "Failed events that OUTBOX_RETRY_ATTEMPTS has put back to pending."),
+	}
+}
+
+// limits tells what can be sent: sink.Chain does.
+type limits interface {
+	Refresh(context.Context) error // asks for the limits as they are now
+	Fits(*outbox.Event) error      // nil: by the limits of the last answer it can be sent
+}
+
+// housekeeper keeps the table while the relay streams, on a connection of its
+// own that it opens when there is something to do. It is never in the way of
+// publishing and recording: what goes wrong is logged and tried again, and ends
+// nothing.
+type housekeeper struct {
+	relay  *Relay
+	config Housekeeping
+	table  outbox.Table
+	layout outbox.Layout
+	limits limits
+	log    *slog.Logger
+
+	chores []*chore
+	conn   *pgx.Conn // nil: none
+	failed failures  // to connect
+
+	byTime  *bool  // retention: whether partitions go, not rows; nil: not known yet
+	after   string // id up to which this pass has looked
+	removed int    // rows, since that was last told
+	told    time.Time
+	notice  string // the last one
+
+	place outbox.Failure       // retries: up to which this pass has looked
+	unfit map[string]time.Time // ids of failed rows that could not be sent, and when that was seen
+}
+
+// chore is something to be done again and again.
+type chore struct {
+	name   string
+	do     func(context.Context) (rest time.Duration, err error)
+	due    time.Time
+	failed failures
+}
+
+// newHousekeeper returns the housekeeper of a session; nothing runs before run.
+func newHousekeeper(s *session, limits limits) *housekeeper {
+	h := &housekeeper{relay: s.relay, config: s.relay.config.Housekeeping, table: s.table, layout: s.layout, limits: limits,
+		log: s.log, unfit: map[string]time.Time{}}
+	if h.config.Retention > 0 {
+		h.chores = append(h.chores, &chore{name: "retention", do: h.retain})
+	}
+	if h.config.Retries.Attempts > 0 {
+		h.chores = append(h.chores, &chore{name: "retries", do: h.retry})
+	}
+	return h
+}
+
+// run does what is due until ctx ends, or returns nil at once where nothing is
+// switched on.
+func (h *housekeeper) run(ctx context.Context) error {
+	defer h.close()
+	for len(h.chores) > 0 {
+		next := slices.MinFunc(h.chores, func(a, b *chore) int { return a.due.Compare(b.due) })
+		if err := pause(ctx, time.Until(next.due)); err != nil {
+			return err
+		}
+		rest := h.attempt(ctx, next)
+		next.due = time.Now().Add(rest)
+	}
+	return nil
+}
+
+func (h *housekeeper) close() {
+	h.tell()
+	h.disconnect()
+}
+
+// attempt does a chore once, and returns how long to rest before the next time.
+func (h *housekeeper) attempt(ctx context.Context, c *chore) time.Duration {
+	if h.relay.State() != Streaming {
+		return streamingPause
+	}
+	if err := h.connect(ctx); err != nil {
+		return h.fail(ctx, &h.failed, c, err)
+	}
+	h.failed = failures{}
+	rest, err := c.do(ctx)
+	if err != nil {
+		return h.fail(ctx, &c.failed, c, err)
+	}
+	c.failed = failures{}
+	return rest
+}
+
+// failures are those in a row.
+type failures struct {
+	number int
+	last   string
+}
+
+// fail says, once for each new reason, what went wrong, and returns how long to
+// wait.
+func (h *housekeeper) fail(ctx context.Context, f *failures, c *chore, err error) time.Duration {
+	if h.conn != nil && h.conn.IsClosed() {
+		h.disconnect()
+	}
+	if err = withGrants(err); ctx.Err() == nil && err.Error() != f.last {
+		f.last = err.Error()
+		h.log.Warn("housekeeping waits: publishing goes on", "chore", c.name, "error", err)
+	}
+	f.number++
+	return min(time.Minute, time.Second<<min(f.number-1, 6))
+}
+
+// connect opens the connection unless it stands. Statements that have to wait
+// for a lock give up soon: whoever came later would wait behind them.
+func (h *housekeeper) connect(ctx context.Context) error {
+	if h.conn != nil {
+		return nil
+	}
+	url, err := h.relay.config.Postgres()
+	if err != nil {
+		return err
+	}
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+	}
+	for name, value := range map[string]string{
+		"application_name":              "outbox-relay housekeeper",
+		"lock_timeout":                  "1s",
+		"statement_timeout":             "0",
+		"idle_session_timeout":          "0",
+		"default_transaction_isolation": "read committed",
+		"synchronous_commit":            "on",
+		"client_encoding":               "UTF8",
+		"TimeZone":                      "UTC",
+		"DateStyle":                     "ISO, MDY",
+		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+	} {
+		config.RuntimeParams[name] = value
+	}
+	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
+	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
+		if notice.Message != h.notice { // what is in use for long is told once
+			h.notice = notice.Message
+			h.log.Info("housekeeping: " + notice.Message)
+		}
+	}
+	conn, err := pgx.ConnectConfig(ctx, config)
+	if err != nil {
+		return explainConnect(err)
+	}
+	h.conn = conn
+	return nil
+}
+
+func (h *housekeeper) disconnect() {
+	if h.conn == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_ = h.conn.Close(ctx)
+	h.conn = nil
+}
+
+// retain takes away what is old: partitions where time makes them, else rows.
+func (h *housekeeper) retain(ctx context.Context) (time.Duration, error) {
+	if h.byTime == nil {
+		byTime, err := h.table.TimePartitioned(ctx, h.conn)
+		if err != nil {
+			return 0, err
+		}
+		h.byTime = &byTime
+	}
+	if *h.byTime {
+		return h.drop(ctx)
+	}
+	return h.remove(ctx)
+}
+
+func (h *housekeeper) drop(ctx context.Context) (time.Duration, error) {
+	dropped, err := h.table.DropPartitions(ctx, h.conn, h.config.Retention)
+	if err != nil {
+		return 0, err
+	}
+	h.relay.metrics.housekeeping.dropped.Add(float64(len(dropped)))
+	if len(dropped) > 0 {
+		h.log.Info("dropped partitions of published rows", "partitions", dropped, "older_than", h.config.Retention)
+	}
+	return between(h.config.Retention), nil
+}
+
+// remove takes a pass through the table one step further. Each begins at the
+// first id: rows are published, or retried, at any time after they were made.
+func (h *housekeeper) remove(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	step, err := h.table.RemovePublished(ctx, h.conn, h.after, h.config.Retention, removeStep)
+	if err != nil {
+		return 0, err
+	}
+	h.after = step.Last
+	h.removed += step.Removed
+	h.relay.metrics.housekeeping.removed.Add(float64(step.Removed))
+	if !step.End {
+		return restShare * time.Since(began), nil
+	}
+	h.after = ""
+	if time.Since(h.told) >= tellEvery {
+		h.tell()
+	}
+	return between(h.config.Retention), nil
+}
+
+// between is the pause between two passes that look for what is so old.
+func between(age time.Duration) time.Duration { return min(max(age/10, minPause), maxPause) }
+
+func (h *housekeeper) tell() {
+	if h.removed == 0 {
+		return
+	}
+	h.log.Info("removed published rows", "rows", h.removed, "older_than", h.config.Retention)
+	h.removed, h.told = 0, time.Now()
+}
+
+// retry looks at some of the failures that are due, and asks for those again that
+// can be sent by now.
+func (h *housekeeper) retry(ctx context.Context) (time.Duration, error) {
+	began := time.Now()
+	due, err := h.config.Retries.Due(ctx, h.conn, h.table, h.place, slices.Collect(maps.Keys(h.unfit)), retryStep)
+	if err != nil {
+		return 0, err
+	}
+	ids, err := h.fitting(ctx, due)
+	if err != nil {
+		return 0, err
+	}
+	if err := h.ask(ctx, ids); err != nil {
+		return 0, err
+	}
+	if len(due) == retryStep {
+		h.place = due[len(due)-1]
+		return restShare * time.Since(began), nil
+	}
+	h.place = outbox.Failure{}
+	maps.DeleteFunc(h.unfit, func(_ string, seen time.Time) bool { return time.Since(seen) > unfitPause })
+	return between(h.config.Retries.Backoff), nil
+}
+
+// fitting returns the ids of those failures that could be sent. It reads one row
+// at a time: what failed may be large.
+func (h *housekeeper) fitting(ctx context.Context, due []outbox.Failure) ([]string, error) {
+	if len(due) == 0 {
+		return nil, nil
+	}
+	asking, cancel := context.WithTimeout(ctx, refreshLimit)
+	defer cancel()
+	if err := h.limits.Refresh(asking); err != nil {
+		return nil, fmt.Errorf("ask for the limits of what can be sent: %w", err)
+	}
+	var ids []string
+	for _, failure := range due {
+		rows, err := h.table.Rows(ctx, h.conn, h.layout, []string{failure.ID})
+		if err != nil {
+			return nil, err
+		}
+		switch row := rows[failure.ID]; {
+		case row == nil: // gone
+		case h.limits.Fits(&row.Event) == nil:
+			ids = append(ids, failure.ID)
+		case len(h.unfit) < maxUnfit:
+			h.unfit[failure.ID] = time.Now()
+		}
+	}
+	return ids, nil
+}
+
+// ask puts the rows back to pending, for the relay to publish them in the order
+// of commits.
+func (h *housekeeper) ask(ctx context.Context, ids []string) error {
+	if len(ids) == 0 {
+		return nil
+	}
+	retried, err := h.table.Retry(ctx, h.conn, ids)
+	if err != nil {
+		return err
+	}
+	h.relay.metrics.housekeeping.retried.Add(float64(retried))
+	h.log.Info("failed events can be sent by now: retrying them", "events", retried)
+	return nil
+}
