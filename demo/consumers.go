@@ -2,143 +2,84 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/nats-io/nats.go/jetstream"
 )
 
-// consumer is a service that listens to the shop. It can get a message again, and
-// does its work once for each id.
+// consumer is a service of examples/orders that listens to the shop. What it did
+// is told by its tables.
 type consumer struct {
-	name string
-	did  func(order) string // what it says of an order
-	work func(ctx context.Context, id string, e event) error
-	done func() // when it stops
-
-	consuming jetstream.ConsumeContext
-	mu        sync.Mutex
-	got       map[string]time.Time // by event id: when it first came
-	changed   chan struct{}        // closed and replaced by each one, and by a failure
-	failed    error
+	*program
+	sql     *pgx.Conn
+	service string // its name in the inbox, too
+	effect  string // SQL: what it did for order $1, in words
 }
 
-// event is the payload.
-type event struct {
-	Order    int64  `json:"order"`
-	Customer string `json:"customer"`
-	Product  string `json:"product"`
-	Quantity int    `json:"quantity"`
-}
-
-func openConsumers(ctx context.Context, s *servers, shop *shop) (inventory, mail *consumer, err error) {
-	conn, err := pgx.Connect(ctx, shop.url)
-	if err != nil {
-		return nil, nil, err
-	}
-	inventory = &consumer{name: "inventory", work: reserve(conn), done: func() { _ = conn.Close(context.Background()) }, did: func(o order) string {
-		return fmt.Sprintf("reserves %d × %s", o.quantity, o.product)
-	}}
-	mail = &consumer{name: "e-mail", work: func(context.Context, string, event) error { return nil }, done: func() {}, did: func(o order) string {
-		return fmt.Sprintf("thanks %s for %d × %s", o.customer, o.quantity, o.product)
-	}}
-	for _, c := range []*consumer{inventory, mail} {
-		if err := c.start(ctx, s.js); err != nil {
-			return nil, nil, fmt.Errorf("start consumer %s: %w", c.name, err)
+func openConsumers(ctx context.Context, s *servers) (consumers []*consumer, err error) {
+	for _, c := range []*consumer{
+		{service: "inventory", effect: `select format('packs %s × %s', quantity, product) from parcels where order_id = $1`},
+		{service: "email", effect: `select format('writes "%s"', body) from mails where order_id = $1`},
+	} {
+		c.sql = s.sql
+		if c.program, err = s.startOrders(ctx, c.service, "consuming"); err != nil {
+			return nil, err
 		}
+		consumers = append(consumers, c)
 	}
-	return inventory, mail, nil
+	return consumers, nil
 }
 
-// reserve takes what was ordered from the stock. The event's id stands in the
-// same transaction: a second time changes nothing.
-func reserve(conn *pgx.Conn) func(context.Context, string, event) error {
-	return func(ctx context.Context, id string, e event) error {
-		_, err := conn.Exec(ctx, `with new as (
-				insert into reservations values ($1, $2, $3) on conflict do nothing returning product, quantity)
-			update stock set count = count - new.quantity from new where stock.product = new.product`, id, e.Product, e.Quantity)
-		return err
-	}
-}
-
-func (c *consumer) start(ctx context.Context, js jetstream.JetStream) error {
-	c.got, c.changed = map[string]time.Time{}, make(chan struct{})
-	durable, err := js.CreateConsumer(ctx, stream, jetstream.ConsumerConfig{
-		Durable: c.name, FilterSubject: "events.order.>", AckPolicy: jetstream.AckExplicitPolicy})
+// await waits until the consumer has committed its work for an order. It returns
+// what that was, and the milliseconds since the order's own commit.
+func (c *consumer) await(ctx context.Context, r receipt) (did string, took float64, err error) {
+	err = c.until(ctx, time.Millisecond, fmt.Sprintf("order %d", r.Order), `select count(*) = 1 from inbox where consumer = $1 and event_id = $2`, c.service, r.Event)
 	if err != nil {
-		return err
+		return "", 0, err
 	}
-	c.consuming, err = durable.Consume(func(m jetstream.Msg) { c.take(ctx, m) })
-	return err
-}
-
-func (c *consumer) stop() {
-	c.consuming.Stop()
-	<-c.consuming.Closed()
-	c.done()
-}
-
-// count is how many events have come, each counted once.
-func (c *consumer) count() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return len(c.got)
-}
-
-func (c *consumer) take(ctx context.Context, m jetstream.Msg) {
-	at := time.Now()
-	id := m.Headers().Get("Nats-Msg-Id")
-	var e event
-	err := json.Unmarshal(m.Data(), &e)
-	if err == nil {
-		err = c.work(ctx, id, e)
+	if err := c.sql.QueryRow(ctx, c.effect, r.Order).Scan(&did); err != nil {
+		return "", 0, err
 	}
-	if err == nil {
-		err = m.Ack()
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err != nil {
-		c.failed = fmt.Errorf("%s: event %s: %w", c.name, id, err)
-	} else if _, again := c.got[id]; !again {
-		c.got[id] = at
-	}
-	close(c.changed)
-	c.changed = make(chan struct{})
-}
-
-// await waits for an event and returns when it came.
-func (c *consumer) await(ctx context.Context, id string) (time.Time, error) {
-	var at time.Time
-	err := c.until(ctx, "event "+id, func() (there bool) {
-		at, there = c.got[id]
-		return there
-	})
-	return at, err
+	times, err := c.times(ctx, r, r)
+	return did, times[0], err
 }
 
 // awaitAll waits for as many events as the shop has committed.
 func (c *consumer) awaitAll(ctx context.Context, shop *shop) error {
-	return c.until(ctx, "all events", func() bool { return len(c.got) >= shop.ledger.len() })
+	return c.until(ctx, 20*time.Millisecond, "all orders", `select count(*) >= $2 from inbox where consumer = $1`, c.service, shop.ledger.len())
 }
 
-func (c *consumer) until(ctx context.Context, what string, done func() bool) error {
+// times returns the median and the 99th percentile of the milliseconds from the
+// commits of the orders from first to last to the commits of the consumer.
+func (c *consumer) times(ctx context.Context, first, last receipt) (times [2]float64, err error) {
+	err = c.sql.QueryRow(ctx, `select percentile_disc(0.5) within group (order by ms), percentile_disc(0.99) within group (order by ms)
+		from (select 1000 * extract(epoch from pg_xact_commit_timestamp(i.xmin) - pg_xact_commit_timestamp(o.xmin))::float8 as ms
+			from orders as o join events as e on e.aggregate_id = o.id::text join inbox as i on i.event_id = e.id and i.consumer = $1
+			where o.id between $2 and $3) as took`,
+		c.service, first.Order, last.Order).Scan(&times[0], &times[1])
+	return times, err
+}
+
+// until asks again and again, at that pace, until Postgres says yes.
+func (c *consumer) until(ctx context.Context, pace time.Duration, what, question string, args ...any) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, time.Minute, fmt.Errorf("%s waited a minute in vain for %s", c.name, what))
 	defer cancel()
 	for {
-		c.mu.Lock()
-		enough, failed, changed := done(), c.failed, c.changed
-		c.mu.Unlock()
-		if enough || failed != nil {
-			return failed
+		var yes bool
+		err := c.sql.QueryRow(ctx, question, args...).Scan(&yes)
+		if ctx.Err() != nil {
+			return errors.Join(context.Cause(ctx), err)
+		}
+		if err != nil || yes {
+			return err
 		}
 		select {
+		case <-c.Done():
+			return c.ended()
 		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-changed:
+		case <-time.After(pace):
 		}
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-var program = sync.OnceValues(func() (string, error) {
+var binary = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("", "outbox-relay-demo-test-")
 	if err != nil {
 		return "", err
@@ -26,7 +26,7 @@ var program = sync.OnceValues(func() (string, error) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if path, err := program(); err == nil {
+	if path, err := binary(); err == nil {
 		os.RemoveAll(filepath.Dir(path))
 	}
 	os.Exit(code)
@@ -43,7 +43,7 @@ type demo struct {
 
 func startDemo(t *testing.T) *demo {
 	t.Helper()
-	path, err := program()
+	path, err := binary()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -61,14 +61,14 @@ func startDemo(t *testing.T) *demo {
 // await waits until the demo has printed the text.
 func (d *demo) await(text string) {
 	d.t.Helper()
-	for deadline := time.Now().Add(5 * time.Minute); !bytes.Contains(d.out.from(0), []byte(text)); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(5 * time.Minute); !bytes.Contains(d.out.all(), []byte(text)); time.Sleep(5 * time.Millisecond) {
 		select {
 		case <-d.done:
-			d.t.Fatalf("it ended without %q:\n%s", text, d.out.from(0))
+			d.t.Fatalf("it ended without %q:\n%s", text, d.out.all())
 		default:
 		}
 		if time.Now().After(deadline) {
-			d.t.Fatalf("waited in vain for %q:\n%s", text, d.out.from(0))
+			d.t.Fatalf("waited in vain for %q:\n%s", text, d.out.all())
 		}
 	}
 }
@@ -78,7 +78,7 @@ func (d *demo) requireEnd(code int) {
 	d.t.Helper()
 	<-d.done
 	if got := d.ProcessState.ExitCode(); got != code {
-		d.t.Fatalf("exit code %d, want %d:\n%s", got, code, d.out.from(0))
+		d.t.Fatalf("exit code %d, want %d:\n%s", got, code, d.out.all())
 	}
 	left, err := os.ReadDir(d.temp)
 	if err != nil {
@@ -94,14 +94,14 @@ func (d *demo) requireEnd(code int) {
 func TestDemo(t *testing.T) {
 	d := startDemo(t)
 	d.requireEnd(0)
-	for _, want := range []string{"reserves 2 × espresso cup", "thanks Ada", "nobody will hear of it", "kill -9",
-		"10304 messages: lost 0, twice 0, out of order 0, never committed 0, changed 0", "All is well"} {
-		if !bytes.Contains(d.out.from(0), []byte(want)) {
+	for _, want := range []string{"packs 2 × espresso cup", "Thank you, Ada: 2", "nobody will hear of it", "kill -9",
+		"6304 messages: lost 0, twice 0, out of order 0, never committed 0, changed 0", "packed 6304 orders in 6304 parcels", "thanked for 6304 orders in 6304 mails", "All is well"} {
+		if !bytes.Contains(d.out.all(), []byte(want)) {
 			t.Errorf("it does not say %q", want)
 		}
 	}
-	if t.Failed() || bytes.Contains(d.out.from(0), []byte("\x1b[")) {
-		t.Errorf("its output:\n%s", d.out.from(0))
+	if t.Failed() || bytes.Contains(d.out.all(), []byte("\x1b[")) {
+		t.Errorf("its output:\n%s", d.out.all())
 	}
 }
 
@@ -114,8 +114,8 @@ func TestInterrupted(t *testing.T) {
 				t.Fatal(err)
 			}
 			d.requireEnd(130)
-			if !bytes.Contains(d.out.from(0), []byte("interrupted")) {
-				t.Fatalf("it does not say so:\n%s", d.out.from(0))
+			if !bytes.Contains(d.out.all(), []byte("interrupted")) {
+				t.Fatalf("it does not say so:\n%s", d.out.all())
 			}
 		})
 	}

@@ -1,6 +1,7 @@
 // Command demo shows the relay's main job on a machine where nothing else runs:
-// a shop that places orders in a throw-away Postgres, the relay, an embedded NATS
-// server, and two consumers. In the rush hour the relay is killed.
+// the services of examples/orders, which are a shop and its two consumers, on a
+// throw-away Postgres and an embedded NATS server, and the relay between them. In
+// the rush hour the relay is killed.
 //
 // It ends by itself, also on Ctrl-C, and leaves only the cache of Postgres's
 // binaries, where it had to fetch them. Exit code 0: every event was checked;
@@ -19,8 +20,9 @@ import (
 
 const (
 	evenOrders = 300 // placed one by one, for the latency
+	evenPace   = 5 * time.Millisecond
 	clerks     = 8   // of the rush hour
-	rushOrders = 1250
+	rushOrders = 750 // of each
 )
 
 func main() {
@@ -50,54 +52,54 @@ func run(ctx context.Context, out *printer) (err error) {
 		return err
 	}
 	defer shop.close()
-	if err := s.startRelay(ctx); err != nil {
-		return err
-	}
-	out.step("relay", "streams from Postgres to JetStream (process %d)", s.relay.Pid())
-	inventory, mail, err := openConsumers(ctx, s, shop)
+	relay, err := s.startRelay(ctx)
 	if err != nil {
 		return err
 	}
-	defer inventory.stop()
-	defer mail.stop()
+	out.step("relay", "streams from Postgres to JetStream (process %d)", relay.Pid())
+	consumers, err := openConsumers(ctx, s)
+	if err != nil {
+		return err
+	}
+	out.step("services", "examples/orders: shop, inventory, email")
 
-	if err := showOrders(ctx, out, shop, inventory, mail); err != nil {
+	if err := showOrders(ctx, out, shop, consumers); err != nil {
 		return err
 	}
-	if err := showLatency(ctx, out, shop, inventory, mail); err != nil {
+	if err := showLatency(ctx, out, shop, consumers); err != nil {
 		return err
 	}
-	if err := showRush(ctx, out, s, shop, inventory, mail); err != nil {
+	if err := showRush(ctx, out, s, relay, shop, consumers); err != nil {
 		return err
 	}
-	return audit(ctx, out, s, shop, inventory, mail)
+	return audit(ctx, out, s, shop)
 }
 
 // showOrders places a few orders one by one, and shows what becomes of each.
-func showOrders(ctx context.Context, out *printer, shop *shop, consumers ...*consumer) error {
+func showOrders(ctx context.Context, out *printer, shop *shop, consumers []*consumer) error {
 	out.title("Each order is one transaction with its event")
 	for i, o := range []order{
-		{customer: "Ada", product: products[0], quantity: 2},
-		{customer: "Ben", product: products[1], quantity: 1},
-		{customer: "Eve", product: products[2], quantity: 5, declined: true},
-		{customer: "Cem", product: products[2], quantity: 1},
-		{customer: "Dai", product: products[0], quantity: 3},
+		{"Ada", products[0], 2},
+		{"Ben", products[1], 1},
+		{"Eve", rare, 5},
+		{"Cem", products[2], 1},
+		{"Dai", products[0], 3},
 	} {
-		placed, err := shop.place(ctx, shop.counter, o)
-		if err != nil {
+		r, err := shop.place(ctx, o)
+		if err != nil && !errors.Is(err, errSoldOut) {
 			return err
 		}
-		out.step(fmt.Sprintf("order %d", i+1), "%s: %d × %s", o.customer, o.quantity, o.product)
-		if o.declined {
-			out.detail("card declined", "rolled back, event and all: nobody will hear of it")
+		out.step(fmt.Sprintf("order %d", i+1), "%s: %d × %s", o.Customer, o.Quantity, o.Product)
+		if err != nil {
+			out.detail("sold out", "rolled back, event and all: nobody will hear of it")
 			continue
 		}
 		for _, c := range consumers {
-			got, err := c.await(ctx, placed.event)
+			did, took, err := c.await(ctx, r)
 			if err != nil {
 				return err
 			}
-			out.detail(c.name, "%-42s %6.1f ms after the commit", c.did(o), milliseconds(got.Sub(placed.at)))
+			out.detail(c.service, "%-44s %6.1f ms after the commit", did, took)
 		}
 		if err := pause(ctx, 300*time.Millisecond); err != nil {
 			return err
@@ -107,17 +109,19 @@ func showOrders(ctx context.Context, out *printer, shop *shop, consumers ...*con
 }
 
 // showLatency places orders at an even pace.
-func showLatency(ctx context.Context, out *printer, shop *shop, consumers ...*consumer) error {
-	out.title(fmt.Sprintf("%d more, one every 5 ms", evenOrders))
-	tick := time.NewTicker(5 * time.Millisecond)
+func showLatency(ctx context.Context, out *printer, shop *shop, consumers []*consumer) error {
+	out.title(fmt.Sprintf("%d more, one every %s", evenOrders, evenPace))
+	tick := time.NewTicker(evenPace)
 	defer tick.Stop()
-	var orders []placed
-	for range evenOrders {
-		p, err := shop.place(ctx, shop.counter, order{customer: "Fay", product: products[1], quantity: 1})
-		if err != nil {
+	var first, last receipt
+	for n := range evenOrders {
+		var err error
+		if last, err = shop.place(ctx, order{"Fay", products[1], 1}); err != nil {
 			return err
 		}
-		orders = append(orders, p)
+		if n == 0 {
+			first = last
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -125,48 +129,52 @@ func showLatency(ctx context.Context, out *printer, shop *shop, consumers ...*co
 		}
 	}
 	for _, c := range consumers {
-		var took []time.Duration
-		for _, p := range orders {
-			got, err := c.await(ctx, p.event)
-			if err != nil {
-				return err
-			}
-			took = append(took, got.Sub(p.at))
+		if err := c.awaitAll(ctx, shop); err != nil {
+			return err
 		}
-		out.step(c.name, "from commit to consumer: half within %.1f ms, 99 of 100 within %.1f ms", percentile(took, 50), percentile(took, 99))
+		took, err := c.times(ctx, first, last)
+		if err != nil {
+			return err
+		}
+		out.step(c.service, "from the order's commit to its own: half within %.1f ms, 99 of 100 within %.1f ms", took[0], took[1])
 	}
 	return nil
 }
 
 // showRush lets many clerks place orders at once, and kills the relay meanwhile.
-func showRush(ctx context.Context, out *printer, s *servers, shop *shop, consumers ...*consumer) error {
+func showRush(ctx context.Context, out *printer, s *servers, relay *program, shop *shop, consumers []*consumer) error {
 	out.title(fmt.Sprintf("Rush hour: %d clerks place %d orders, and the relay is killed", clerks, clerks*rushOrders))
 	began := time.Now()
 	done := make(chan error, 1)
 	go func() { done <- shop.rush(ctx, clerks, rushOrders) }()
-	if err := s.awaitStored(ctx, uint64(clerks*rushOrders/3)); err != nil {
+	if err := s.awaitStored(ctx, evenOrders+clerks*rushOrders/3); err != nil {
 		return errors.Join(err, <-done)
 	}
-	s.killRelay()
-	stored, committed, err := s.progress(ctx, shop)
+	relay.kill()
+	stored, err := s.stored(ctx)
 	if err != nil {
 		return errors.Join(err, <-done)
 	}
-	out.step("kill -9", "with %d events in the stream, of %d committed", stored, committed)
-	if err := s.startRelay(ctx); err != nil {
+	out.step("kill -9", "with %d events in the stream, of %d committed", stored, shop.ledger.len())
+	if relay, err = s.startRelay(ctx); err != nil {
 		return errors.Join(err, <-done)
 	}
-	out.step("relay", "a new one (process %d) looks what the stream has, and goes on behind it", s.relay.Pid())
+	out.step("relay", "a new one (process %d) looks what the stream has, and goes on behind it", relay.Pid())
 	if err := <-done; err != nil {
 		return err
 	}
+	placed := time.Since(began)
+	if err := s.awaitStored(ctx, uint64(shop.ledger.len())); err != nil {
+		return err
+	}
+	out.step("stream", "has every order %.1f s after the first, and %.0f ms after the last", time.Since(began).Seconds(), milliseconds(time.Since(began)-placed))
 	for _, c := range consumers {
 		if err := c.awaitAll(ctx, shop); err != nil {
 			return err
 		}
 	}
 	took := time.Since(began)
-	out.step("done", "every order has reached both consumers after %.1f s: %.0f orders/s", took.Seconds(), float64(clerks*rushOrders)/took.Seconds())
+	out.step("consumers", "both have handled every order after %.1f s: %.0f orders/s", took.Seconds(), float64(clerks*rushOrders)/took.Seconds())
 	return nil
 }
 

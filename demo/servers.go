@@ -8,30 +8,30 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
-	"syscall"
+	"slices"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/pgserver"
-	"outbox-relay/internal/pgserver/child"
 )
 
 const stream = "EVENTS"
 
-// servers are what runs beside the shop: Postgres, NATS, and the relay as a
-// process of its own.
+// servers are all that runs: Postgres and NATS, and, each as a process of its
+// own, the relay and the programs of examples/orders.
 type servers struct {
 	dir      string
 	postgres *pgserver.Cluster
+	sql      *pgx.Conn // for what the demo itself asks
 	nats     *server.Server
 	nc       *nats.Conn
 	js       jetstream.JetStream
-	relay    *child.Process
-	log      safeBuffer // what the relay has to say
+	tables   string     // the SQL of examples/orders
+	programs []*program // as they were started
 }
 
 // startServers returns what it has started also where it fails.
@@ -43,14 +43,19 @@ func startServers(ctx context.Context, out *printer) (*servers, error) {
 	}
 	began := time.Now()
 	tell := func(format string, args ...any) { out.detail("", format, args...) }
-	if s.postgres, err = pgserver.Start(ctx, pgserver.Options{Logf: tell}); err != nil {
+	// When a transaction was committed is told by Postgres: the latencies are exact.
+	settings := map[string]string{"track_commit_timestamp": "on"}
+	if s.postgres, err = pgserver.Start(ctx, pgserver.Options{Settings: settings, Logf: tell}); err != nil {
 		return s, fmt.Errorf("start Postgres: %w", err)
+	}
+	if s.sql, err = pgx.Connect(ctx, s.postgres.URL("postgres")); err != nil {
+		return s, err
 	}
 	if err := s.startNATS(); err != nil {
 		return s, fmt.Errorf("start NATS: %w", err)
 	}
 	out.step("started", "Postgres %d and NATS %s, for this demo only, in %.1f s", s.postgres.Version(), server.VERSION, time.Since(began).Seconds())
-	if err := s.build(ctx); err != nil {
+	if err := s.build(ctx, out); err != nil {
 		return s, err
 	}
 	if err := s.migrate(ctx); err != nil {
@@ -78,19 +83,48 @@ func (s *servers) startNATS() error {
 	return err
 }
 
-func (s *servers) program() string { return filepath.Join(s.dir, "outbox-relay") }
+func (s *servers) path(name string) string { return filepath.Join(s.dir, name) }
 
-func (s *servers) build(ctx context.Context) error {
-	out, err := exec.CommandContext(ctx, "go", "build", "-o", s.program(), "outbox-relay").CombinedOutput()
+// build builds the relay, and examples/orders, which is in a module of its own.
+func (s *servers) build(ctx context.Context, out *printer) error {
+	began := time.Now()
+	out.detail("", "building the relay and examples/orders")
+	root, err := goCommand(ctx, ".", "list", "-f", "{{.Dir}}", "outbox-relay")
 	if err != nil {
-		return fmt.Errorf("build the relay (run the demo in its repository): %w\n%s", err, bytes.TrimSpace(out))
+		return fmt.Errorf("find the repository (run the demo in it): %w", err)
 	}
+	examples := filepath.Join(root, "examples")
+	_, relay := goCommand(ctx, root, "build", "-buildvcs=false", "-o", s.path("outbox-relay"), ".")
+	_, orders := goCommand(ctx, examples, "build", "-buildvcs=false", "-o", s.path("orders"), "./orders")
+	if err := errors.Join(relay, orders); err != nil {
+		return err
+	}
+	tables, err := os.ReadFile(filepath.Join(examples, "orders", "tables.sql"))
+	if err != nil {
+		return err
+	}
+	s.tables = string(tables)
+	out.step("built", "the relay and examples/orders, in %.1f s", time.Since(began).Seconds())
 	return nil
+}
+
+// goCommand runs the go command in a folder, whatever workspace that is in, and
+// returns what it prints.
+func goCommand(ctx context.Context, dir string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "GOWORK=off")
+	var complaint bytes.Buffer
+	cmd.Stderr = &complaint
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fmt.Errorf("go %s in %s: %w\n%s", args[0], dir, err, bytes.TrimSpace(complaint.Bytes()))
+	}
+	return string(bytes.TrimSpace(out)), nil
 }
 
 // command is the relay's, with the configuration of the demo.
 func (s *servers) command(args ...string) *exec.Cmd {
-	cmd := exec.Command(s.program(), args...)
+	cmd := exec.Command(s.path("outbox-relay"), args...)
 	cmd.Env = []string{
 		"OUTBOX_POSTGRES_URL=" + s.postgres.URL("postgres"),
 		"OUTBOX_NATS_URL=" + s.nats.ClientURL(),
@@ -111,31 +145,15 @@ func (s *servers) migrate(ctx context.Context) error {
 }
 
 // startRelay returns once the relay streams.
-func (s *servers) startRelay(ctx context.Context) error {
-	cmd := s.command()
-	from := s.log.len()
-	cmd.Stdout, cmd.Stderr = &s.log, &s.log
-	var err error
-	if s.relay, err = child.Start(cmd, syscall.SIGTERM); err != nil {
-		return err
-	}
-	for !bytes.Contains(s.log.from(from), []byte("msg=streaming")) {
-		select {
-		case <-s.relay.Done():
-			return fmt.Errorf("the relay ended:\n%s", s.log.from(from))
-		default:
-		}
-		if err := pause(ctx, 5*time.Millisecond); err != nil {
-			return err
-		}
-	}
-	return nil
+func (s *servers) startRelay(ctx context.Context) (*program, error) {
+	return s.start(ctx, "the relay", s.command(), "msg=streaming")
 }
 
-// killRelay kills the relay in whatever it is doing.
-func (s *servers) killRelay() {
-	_ = s.relay.Signal(syscall.SIGKILL) // it may have ended, which its log then tells
-	<-s.relay.Done()
+// startOrders starts a service of examples/orders and returns once it is ready.
+func (s *servers) startOrders(ctx context.Context, service, ready string, env ...string) (*program, error) {
+	cmd := exec.Command(s.path("orders"), service)
+	cmd.Env = append(env, "DATABASE_URL="+s.postgres.URL("postgres"), "NATS_URL="+s.nats.ClientURL())
+	return s.start(ctx, "orders "+service, cmd, ready)
 }
 
 // awaitStored waits until the stream has so many events.
@@ -159,20 +177,11 @@ func (s *servers) stored(ctx context.Context) (uint64, error) {
 	return info.CachedInfo().State.LastSeq, nil
 }
 
-// progress returns how many events are stored and committed.
-func (s *servers) progress(ctx context.Context, shop *shop) (stored uint64, committed int, err error) {
-	stored, err = s.stored(ctx)
-	return stored, shop.ledger.len(), err
-}
-
-// close stops everything, the relay first, and leaves nothing behind.
+// close stops everything, the last program first, and leaves nothing behind.
 func (s *servers) close() error {
-	var relay, postgres error
-	if s.relay != nil {
-		_ = s.relay.Signal(syscall.SIGTERM) // it may have ended
-		if code := s.relay.ExitCode(); code > 0 {
-			relay = fmt.Errorf("the relay ended with exit code %d:\n%s", code, s.log.from(0))
-		}
+	var errs []error
+	for _, p := range slices.Backward(s.programs) {
+		errs = append(errs, p.stop())
 	}
 	if s.nc != nil {
 		s.nc.Close()
@@ -181,33 +190,11 @@ func (s *servers) close() error {
 		s.nats.Shutdown()
 		s.nats.WaitForShutdown()
 	}
-	if s.postgres != nil {
-		postgres = s.postgres.Close()
+	if s.sql != nil {
+		_ = s.sql.Close(context.Background())
 	}
-	return errors.Join(relay, postgres, os.RemoveAll(s.dir))
-}
-
-// safeBuffer keeps what is written to it. Safe for concurrent use.
-type safeBuffer struct {
-	mu   sync.Mutex
-	text []byte
-}
-
-func (b *safeBuffer) Write(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.text = append(b.text, p...)
-	return len(p), nil
-}
-
-func (b *safeBuffer) from(n int) []byte {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return bytes.Clone(b.text[n:])
-}
-
-func (b *safeBuffer) len() int {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return len(b.text)
+	if s.postgres != nil {
+		errs = append(errs, s.postgres.Close())
+	}
+	return errors.Join(append(errs, os.RemoveAll(s.dir))...)
 }

@@ -1,107 +1,125 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
-	"strings"
+	"io"
+	"net/http"
 	"sync"
-	"time"
 
-	"github.com/jackc/pgx/v5"
 	"golang.org/x/sync/errgroup"
+
+	"outbox-relay/internal/pgserver"
 )
 
 var products = []string{"espresso cup", "tea pot", "coffee mill"}
 
-const stock = 1_000_000 // of each product, at first
+const (
+	stock = 1_000_000 // of each product, at first
+	rare  = "samovar" // of which the shop has fewer than anyone orders
+)
 
-// shop is the application: its orders, and the database that they stand in.
+var errSoldOut = errors.New("sold out")
+
+// shop is where the demo orders: examples/orders, by HTTP.
 type shop struct {
-	url     string
-	counter *pgx.Conn // where single orders are placed
-	ledger  *ledger
+	url    string
+	client *http.Client
+	ledger ledger
 }
 
 // order is what a customer wants.
 type order struct {
-	customer, product string
-	quantity          int
-	declined          bool // by the bank, when all is written: the shop rolls back
+	Customer string `json:"customer"`
+	Product  string `json:"product"`
+	Quantity int    `json:"quantity"`
 }
 
-// placed is a committed order.
-type placed struct {
-	event string    // id
-	at    time.Time // when the commit was sent
+// receipt is the shop's word that an order is committed.
+type receipt struct {
+	Order int64  `json:"order"`
+	Event string `json:"event"`
 }
 
-// openShop makes the tables of the shop, and those of its consumers.
+// openShop makes the tables of the example, fills stock and shelf, and starts the
+// shop.
 func openShop(ctx context.Context, s *servers) (*shop, error) {
-	shop := &shop{url: s.postgres.URL("postgres"), ledger: newLedger()}
-	var err error
-	if shop.counter, err = pgx.Connect(ctx, shop.url); err != nil {
+	if _, err := s.sql.Exec(ctx, s.tables); err != nil {
+		return nil, fmt.Errorf("examples/orders/tables.sql: %w", err)
+	}
+	_, err := s.sql.Exec(ctx, fmt.Sprintf(`insert into stock values ('%s', 3)`, rare))
+	for _, product := range products {
+		if err == nil {
+			_, err = s.sql.Exec(ctx, `with shop as (insert into stock values ($1, $2)) insert into shelf values ($1, $2)`, product, stock)
+		}
+	}
+	if err != nil {
 		return nil, err
 	}
-	_, err = shop.counter.Exec(ctx, fmt.Sprintf(`
-		create table orders (id bigint generated always as identity primary key, customer text, product text, quantity int);
-		create table stock (product text primary key, count int);
-		create table reservations (event_id text primary key, product text, quantity int);
-		insert into stock select unnest(array['%s']), %d`, strings.Join(products, "', '"), stock))
-	return shop, err
+	port, err := pgserver.FreePort()
+	if err != nil {
+		return nil, err
+	}
+	address := fmt.Sprintf("127.0.0.1:%d", port)
+	if _, err := s.startOrders(ctx, "shop", "serving", "ADDRESS="+address); err != nil {
+		return nil, err
+	}
+	return &shop{url: "http://" + address + "/orders", client: &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: clerks}}}, nil
 }
 
-func (s *shop) close() { _ = s.counter.Close(context.Background()) }
+func (s *shop) close() { s.client.CloseIdleConnections() }
 
-// place writes the order and its event in one transaction: both or neither.
-func (s *shop) place(ctx context.Context, conn *pgx.Conn, o order) (placed, error) {
-	tx, err := conn.Begin(ctx)
+// place orders. errSoldOut: the shop rolled back.
+func (s *shop) place(ctx context.Context, o order) (r receipt, err error) {
+	body, err := json.Marshal(o)
 	if err != nil {
-		return placed{}, err
+		return r, err
 	}
-	defer func() { _ = tx.Rollback(context.WithoutCancel(ctx)) }()
-	var id int64
-	err = tx.QueryRow(ctx, `insert into orders (customer, product, quantity) values ($1, $2, $3) returning id`,
-		o.customer, o.product, o.quantity).Scan(&id)
+	request, err := http.NewRequestWithContext(ctx, http.MethodPost, s.url, bytes.NewReader(body))
 	if err != nil {
-		return placed{}, err
+		return r, err
 	}
-	var p placed
-	var payload string
-	err = tx.QueryRow(ctx, `insert into events (aggregate_type, aggregate_id, event_type, payload)
-		values ('order', $1::bigint::text, 'placed', jsonb_build_object('order', $1::bigint, 'customer', $2::text, 'product', $3::text, 'quantity', $4::int))
-		returning id, payload::text`, id, o.customer, o.product, o.quantity).Scan(&p.event, &payload)
-	if err != nil || o.declined {
-		return p, err
+	response, err := s.client.Do(request)
+	if err != nil {
+		return r, err
 	}
-	p.at = time.Now()
-	if err := tx.Commit(ctx); err != nil {
-		return p, err
+	defer response.Body.Close()
+	answer, err := io.ReadAll(response.Body)
+	switch {
+	case err != nil:
+		return r, err
+	case response.StatusCode == http.StatusConflict:
+		return r, errSoldOut
+	case response.StatusCode != http.StatusCreated:
+		return r, fmt.Errorf("the shop answers %s: %s", response.Status, answer)
 	}
-	s.ledger.add(p.event, payload)
-	return p, nil
+	if err := json.Unmarshal(answer, &r); err != nil {
+		return r, fmt.Errorf("the shop's receipt: %w", err)
+	}
+	s.ledger.add(r)
+	return r, nil
 }
 
-// rush lets clerks place that many orders each, at once.
+// rush lets clerks place that many orders each, at once, and now and then one
+// beside them that is rolled back.
 func (s *shop) rush(ctx context.Context, clerks, orders int) error {
 	group, ctx := errgroup.WithContext(ctx)
 	for clerk := range clerks {
 		group.Go(func() error {
-			conn, err := pgx.Connect(ctx, s.url)
-			if err != nil {
-				return err
-			}
-			defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
 			for n := range orders {
-				o := order{customer: fmt.Sprintf("customer %d of clerk %d", n, clerk), product: products[n%len(products)], quantity: 1 + n%3}
-				if n%50 == 49 { // beside the others
-					o.declined = true
-					if _, err := s.place(ctx, conn, o); err != nil {
-						return err
-					}
-					o.declined = false
-				}
-				if _, err := s.place(ctx, conn, o); err != nil {
+				o := order{Customer: fmt.Sprintf("customer %d of clerk %d", n, clerk), Product: products[n%len(products)], Quantity: 1 + n%3}
+				if _, err := s.place(ctx, o); err != nil {
 					return err
+				}
+				if n%50 != 49 {
+					continue
+				}
+				o.Product, o.Quantity = rare, 5
+				if _, err := s.place(ctx, o); !errors.Is(err, errSoldOut) {
+					return fmt.Errorf("5 of 3 pieces were sold: %w", err)
 				}
 			}
 			return nil
@@ -110,22 +128,20 @@ func (s *shop) rush(ctx context.Context, clerks, orders int) error {
 	return group.Wait()
 }
 
-// ledger is what the shop knows to be committed. Safe for concurrent use.
+// ledger holds the receipts. Safe for concurrent use.
 type ledger struct {
 	mu       sync.Mutex
-	payloads map[string]string // by event id
+	receipts []receipt
 }
 
-func newLedger() *ledger { return &ledger{payloads: map[string]string{}} }
-
-func (l *ledger) add(event, payload string) {
+func (l *ledger) add(r receipt) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.payloads[event] = payload
+	l.receipts = append(l.receipts, r)
 }
 
 func (l *ledger) len() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return len(l.payloads)
+	return len(l.receipts)
 }

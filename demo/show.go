@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"time"
 )
 
@@ -41,9 +40,3 @@ func (p *printer) bad(format string, args ...any) {
 }
 
 func milliseconds(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
-
-// percentile is in milliseconds.
-func percentile(took []time.Duration, percent int) float64 {
-	slices.Sort(took)
-	return milliseconds(took[min(len(took)-1, len(took)*percent/100)])
-}
