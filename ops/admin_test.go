@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
@@ -179,9 +181,14 @@ func (d *desk) requests() []request {
 }
 
 // relay starts the real one, and waits until it streams.
-func (d *desk) relay() *testenv.Relay {
+func (d *desk) relay(settings ...string) *testenv.Relay {
 	d.Helper()
-	r := testenv.StartRelay(d, d.env())
+	env := d.env()
+	for _, setting := range settings {
+		name, value, _ := strings.Cut(setting, "=")
+		env[name] = value
+	}
+	r := testenv.StartRelay(d, env)
 	r.WaitLog("msg=streaming")
 	return r
 }
@@ -623,5 +630,70 @@ func TestCommandsLeastPrivilege(t *testing.T) {
 	d.exec(`revoke update (retried_at, retried_attempts) on events from relay`)
 	if err := d.admin.RetryRows(t.Context(), ids[2:3]); err == nil || !strings.Contains(err.Error(), "the README lists the grants") {
 		t.Errorf("without a right: %v", err)
+	}
+}
+
+// ids lists the Nats-Msg-Id of each message of the stream.
+func (d *desk) ids(n uint64) (ids []string) {
+	d.Helper()
+	nc, err := nats.Connect(d.nats.URL())
+	d.must(err)
+	defer nc.Close()
+	js, err := jetstream.New(nc)
+	d.must(err)
+	testenv.Eventually(d, fmt.Sprintf("%d messages", n), func() bool {
+		stream, err := js.Stream(d.Context(), "EVENTS")
+		return err == nil && stream.CachedInfo().State.LastSeq >= n
+	})
+	stream, err := js.Stream(d.Context(), "EVENTS")
+	d.must(err)
+	for seq := uint64(1); seq <= stream.CachedInfo().State.LastSeq; seq++ {
+		msg, err := stream.GetMsg(d.Context(), seq)
+		d.must(err)
+		ids = append(ids, msg.Header.Get("Nats-Msg-Id"))
+	}
+	return ids
+}
+
+// The commands and the real relay: what a replay and a retry ask for is published
+// once, in order, and an event that was parked by hand no longer halts the relay.
+func TestCommandsMoveTheRelay(t *testing.T) {
+	t.Parallel()
+	d := setup(t)
+	r := d.relay("OUTBOX_ON_REJECT=halt")
+	ids := d.insert(1200, "order", "placed")
+	d.ids(1200)
+	d.must(d.admin.Replay(t.Context(), ops.Replay{All: true, Run: "again", Yes: true}))
+	want := slices.Clone(ids)
+	for _, id := range ids {
+		want = append(want, id+":again")
+	}
+	if got := d.ids(2400); !slices.Equal(got, want) {
+		t.Errorf("%d messages, others than the %d, or in another order", len(got), len(want))
+	}
+
+	bad := ask[string](d, `insert into events (aggregate_type, event_type, payload, headers) values ('order', 'placed', '{}', '{"Nats-Msg-Id": "x"}') returning id`)
+	if code := r.Wait(time.Minute); code != 1 {
+		t.Errorf("exit code %d, want a halt", code)
+	}
+	d.must(d.admin.Park(t.Context(), bad, "forged"))
+	r = d.relay("OUTBOX_ON_REJECT=halt")
+	want = append(want, d.insert(1, "order", "placed")...)
+	if got := d.ids(2401); !slices.Equal(got, want) {
+		t.Errorf("%d messages, others than the %d", len(got), len(want))
+	}
+	d.exec(`update events set headers = null where id = $1`, bad)
+	d.must(d.admin.RetryRows(t.Context(), []string{bad}))
+	if got := d.ids(2402); got[2401] != bad {
+		t.Errorf("the last message is %s, not %s", got[2401], bad)
+	}
+	testenv.Eventually(t, "the row to be published", func() bool {
+		return ask[string](d, `select status from events where id = $1`, bad) == "published"
+	})
+	if s := d.read(); len(s.Problems) != 0 || *s.Rows.Failed != 0 || s.Batch.Kind != "retry" || s.Batch.Done != 1 {
+		t.Errorf("problems %+v, rows %+v, batch %+v", s.Problems, s.Rows, s.Batch)
+	}
+	if code := r.Terminate(); code != 0 {
+		t.Errorf("exit code %d", code)
 	}
 }
