@@ -18,7 +18,9 @@ type Backlog struct {
 	before string   // pg_snapshot: what was inserted by a transaction that this sees is part of it
 	missed []string // further rows that are
 	known  []string // rows that are taken care of, whatever the snapshot shows
-	after  string   // id up to which it was read
+	after  string   // id up to which it was read earlier
+
+	rows pgx.Rows // once it is read
 }
 
 // NoneBefore is a snapshot that sees nothing: of no row it is known that it
@@ -117,12 +119,41 @@ func (b *Backlog) Count(ctx context.Context) (int, error) {
 
 // Next reads the next rows, at most limit; none: that was all.
 func (b *Backlog) Next(ctx context.Context, limit int) ([]*Row, error) {
-	list, err := b.table.rows(ctx, b.conn, b.layout, b.open()+` and (`+certain+` or e.id = any ($5)) order by e.id limit $6`,
-		b.after, b.before, b.table.Slot, b.known, b.missed, limit)
-	if err == nil && len(list) > 0 {
-		b.after = string(list[len(list)-1].Event.ID)
+	if b.rows == nil {
+		if err := b.read(ctx); err != nil {
+			return nil, err
+		}
 	}
-	return list, err
+	var list []*Row
+	for len(list) < limit && b.rows.Next() {
+		row, err := b.table.scanRow(b.rows)
+		if err != nil {
+			return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
+		}
+		list = append(list, row)
+	}
+	if err := b.rows.Err(); err != nil {
+		return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
+	}
+	return list, nil
+}
+
+// read begins to read. Postgres sends no further than the connection takes, so
+// neither side holds the rows; and it walks the primary key, since a sort of all
+// would have to end before the first row comes.
+func (b *Backlog) read(ctx context.Context) error {
+	for _, way := range []string{"enable_sort", "enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin"} {
+		if _, err := b.conn.Exec(ctx, "set local "+way+" = off"); err != nil {
+			return fmt.Errorf("read the backlog of %s: %w", b.table, err)
+		}
+	}
+	var err error
+	b.rows, err = b.conn.Query(ctx, b.table.selectRows(b.layout)+b.open()+` and (`+certain+` or e.id = any ($5)) order by e.id`,
+		b.after, b.before, b.table.Slot, b.known, b.missed)
+	if err != nil {
+		return fmt.Errorf("read the backlog of %s: %w", b.table, err)
+	}
+	return nil
 }
 
 // WithoutRow returns those of the ids that no row has.

@@ -20,11 +20,15 @@ func (r *Row) Pending() bool { return string(r.Event.Status) == "pending" }
 
 // Rows reads the rows with these ids. An id that is not in the result has none.
 func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string) (map[string]*Row, error) {
-	list, err := t.rows(ctx, conn, layout, `e.id = any ($1)`, ids)
+	rows, err := conn.Query(ctx, t.selectRows(layout)+`e.id = any ($1)`, ids)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("read rows of %s: %w", t, err)
 	}
-	byID := make(map[string]*Row, len(list))
+	byID := make(map[string]*Row, len(ids))
+	list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (*Row, error) { return t.scanRow(r) })
+	if err != nil {
+		return nil, fmt.Errorf("read rows of %s: %w", t, err)
+	}
 	for _, row := range list {
 		byID[string(row.Event.ID)] = row
 	}
@@ -41,24 +45,19 @@ func (t Table) Failed(ctx context.Context, conn *pgx.Conn, id string) (failed bo
 	return failed, nil
 }
 
-// rows reads the rows of table e that a condition, and what follows it, selects.
-func (t Table) rows(ctx context.Context, conn *pgx.Conn, layout Layout, condition string, args ...any) ([]*Row, error) {
-	rows, err := conn.Query(ctx, `select e.retried_attempts, `+t.texts(layout)+` from `+t.String()+` e where `+condition, args...)
-	if err != nil {
-		return nil, fmt.Errorf("read rows of %s: %w", t, err)
+// selectRows begins a query for rows of table e: what scanRow takes, but for the
+// condition.
+func (t Table) selectRows(layout Layout) string {
+	return `select e.retried_attempts, ` + t.texts(layout) + ` from ` + t.String() + ` e where `
+}
+
+func (t Table) scanRow(r pgx.CollectableRow) (*Row, error) {
+	row := &Row{}
+	dest := []any{&row.Attempts}
+	for _, field := range t.Columns.Fields(&row.Event) {
+		dest = append(dest, field.Value)
 	}
-	list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (*Row, error) {
-		row := &Row{}
-		dest := []any{&row.Attempts}
-		for _, field := range t.Columns.Fields(&row.Event) {
-			dest = append(dest, field.Value)
-		}
-		return row, r.Scan(dest...)
-	})
-	if err != nil {
-		return nil, fmt.Errorf("read rows of %s: %w", t, err)
-	}
-	return list, nil
+	return row, r.Scan(dest...)
 }
 
 // texts lists the event's columns in the order of Columns.Fields, as text: what

@@ -28,7 +28,7 @@ type HaltError struct {
 
 func (e *HaltError) Error() string {
 	return "halted before event " + e.ID + ", which can never be stored: " + e.Reason +
-		": raise the limit that it exceeds, or set OUTBOX_ON_REJECT=park to record it as failed and go on"
+		": raise the limit that it exceeds, or record it as failed and go on: `outbox-relay park " + e.ID + "`, or OUTBOX_ON_REJECT=park for all such events"
 }
 
 // passes reports whether waiting may mend the error: the relay then starts a

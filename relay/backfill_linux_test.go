@@ -1,0 +1,62 @@
+package relay_test
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+
+	"outbox-relay/internal/testenv"
+)
+
+// What a backfill needs is bounded, however many rows there are. BACKLOG sets how
+// many, for a long run by hand (10000000); AFTER_PUBLISH how they are recorded.
+func TestBackfillInFlatMemory(t *testing.T) {
+	events := 100_000
+	if text := os.Getenv("BACKLOG"); text != "" {
+		var err error
+		if events, err = strconv.Atoi(text); err != nil {
+			t.Fatalf("BACKLOG: %v", err)
+		}
+	}
+	mode := os.Getenv("AFTER_PUBLISH")
+	if mode == "" {
+		mode = "mark"
+	}
+	b := setupOn(t, testenv.OwnPostgres(t, map[string]string{"max_wal_size": "8GB", "fsync": "off"}), testenv.NATSOptions{})
+	b.nats.Stop()
+	server := testenv.NATSProcesses(t, testenv.NATSBinary(t, ""), 1)[0]
+	nc, err := nats.Connect(server.URL())
+	b.must(err)
+	t.Cleanup(nc.Close)
+	b.js, err = jetstream.New(nc)
+	b.must(err)
+	b.exec(`alter table events disable trigger on_events_create`)
+	b.exec(`insert into events (id, aggregate_type, event_type, payload, status, created_at)
+		select 'event_' || lpad(i::text, 26, '0'), 'order', 'created', jsonb_build_object('n', i, 'text', repeat('x', 150)), 'pending', now() from generate_series(1, $1) i`, events)
+	b.exec(`vacuum analyze events`)
+	r := b.start("NATS_URL="+server.URL(), "AFTER_PUBLISH="+mode)
+	r.WaitLog("publishing the rows that do not come out of the slot")
+	for n := uint64(events / 100); n <= uint64(events); n += uint64(events / 100) {
+		testenv.Eventually(t, fmt.Sprintf("%d events in the stream", n), func() bool { return b.last() >= n })
+	}
+	r.WaitLog("msg=streaming")
+	for _, line := range strings.Split(r.Logs(), "\n") {
+		if strings.Contains(line, "took=") {
+			t.Log(line)
+		}
+	}
+	if n := b.stream().CachedInfo().State.Msgs; n != uint64(events) {
+		t.Fatalf("%d messages of %d", n, events)
+	}
+	peak := b.peakMemory(r)
+	t.Logf("the relay took at most %d MiB", peak>>20)
+	if peak > 100<<20 {
+		t.Fatalf("the relay took %d MiB", peak>>20)
+	}
+	requireLeaves(t, r)
+}
