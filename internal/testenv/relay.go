@@ -35,6 +35,12 @@ func StartProgram(tb testing.TB, pkg string, env map[string]string, args ...stri
 	return startRelay(tb, binary(tb, pkg), env, args...)
 }
 
+// StartBinary starts the program at that path in the relay's place.
+func StartBinary(tb testing.TB, path string, env map[string]string, args ...string) *Relay {
+	tb.Helper()
+	return startRelay(tb, path, env, args...)
+}
+
 func startRelay(tb testing.TB, binary string, env map[string]string, args ...string) *Relay {
 	tb.Helper()
 	r := &Relay{tb: tb, logs: logBuffer{changed: make(chan struct{})}}
