@@ -18,19 +18,39 @@ func readFile(t *testing.T, name string) string {
 	return string(text)
 }
 
-// The README shows a consumer that compiles: that of the examples.
-func TestReadmeConsumer(t *testing.T) {
-	block := regexp.MustCompile("(?s)```go\n(.*?)```").FindStringSubmatch(readFile(t, "README.md"))
-	if block == nil {
-		t.Fatal("README.md has no consumer")
+// The README's Go is that of the examples, word for word, and they compile.
+func TestReadmeShowsTheExamples(t *testing.T) {
+	var examples strings.Builder
+	for _, folder := range []string{"consumer", "gorm", "orders/shop", "orders/inbox"} {
+		examples.WriteString(sources(t, filepath.Join("examples", folder)))
 	}
-	if !strings.Contains(readFile(t, filepath.Join("examples", "consumer", "main.go")), block[1]) {
-		t.Errorf("the consumer of README.md is not that of the examples:\n%s", block[1])
+	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(readFile(t, "README.md"), -1)
+	if len(blocks) != 4 {
+		t.Errorf("README.md has %d blocks of Go, want 4", len(blocks))
+	}
+	for _, block := range blocks {
+		if !strings.Contains(examples.String(), block[1]) {
+			t.Errorf("README.md shows what is not in the examples:\n%s", block[1])
+		}
 	}
 	vet := exec.Command("go", "vet", "./...")
-	vet.Dir = "examples"
+	vet.Dir, vet.Env = "examples", append(os.Environ(), "GOWORK=off")
 	if out, err := vet.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// A library that both modules need is of the same version in both.
+func TestExamplesUseTheSameVersions(t *testing.T) {
+	required := regexp.MustCompile(`(?m)^\s(\S+) (v\S+)`)
+	versions := map[string]string{}
+	for _, line := range required.FindAllStringSubmatch(readFile(t, "go.mod"), -1) {
+		versions[line[1]] = line[2]
+	}
+	for _, line := range required.FindAllStringSubmatch(readFile(t, filepath.Join("examples", "go.mod")), -1) {
+		if want := versions[line[1]]; want != "" && want != line[2] {
+			t.Errorf("examples/go.mod has %s %s, go.mod %s", line[1], line[2], want)
+		}
 	}
 }
 
