@@ -40,7 +40,7 @@ func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string
 		old as materialized (select e.id from %[1]s e where e.id = any (array(select id from walked))
 				and e.status = 'published' and e.published_at < now() - $2::interval
 				and e.id not in (select id from %[3]s where waiting)
-				and e.id not in (select unnest(ids) from %[4]s)
+				and e.id not in (select unnest(ids[done + 1:]) from %[4]s)
 			for update of e skip locked),
 		removed as (delete from %[1]s where id = any (array(select id from old)) returning 1)
 		select (select count(*) from walked), (select count(*) from removed), now() - $2::interval,

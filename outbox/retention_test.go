@@ -71,7 +71,8 @@ func TestRetentionRemovesWhatIsOldAndPublished(t *testing.T) {
 	b.put("j locked", "published", "3 h", "2 h")
 	b.put("k old", "published", "3 h", "2 h")
 	b.exec(`insert into outbox_relay_leftovers (slot, id, outcome, waiting) values ('slot', 'g leftover', 'published', true), ('slot', 'h kept whole once', 'failed', false)`)
-	b.exec(`insert into outbox_relay_batches (slot, kind, run, ids, commit_lsn, ordinal) values ('slot', 'replay', 'r', '{i in the open batch,else}', '0/1', 1)`)
+	b.exec(`insert into outbox_relay_batches (slot, kind, run, ids, commit_lsn, ordinal) values ('slot', 'replay', 'r', '{k old,i in the open batch,else}', '0/1', 1);
+		update outbox_relay_batches set done = 1`)
 	release := b.lock("key share", "j locked")
 	if removed, _ := b.remove(time.Hour, 3); removed != 3 {
 		t.Errorf("removed %d, want 3", removed)
