@@ -697,3 +697,33 @@ func TestCommandsMoveTheRelay(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 }
+
+// A replay ends, too, when rows that it asked for have gone before the relay got
+// to them: the last, or all.
+func TestReplayOfRowsThatGo(t *testing.T) {
+	t.Parallel()
+	for _, gone := range []int{1, 3} {
+		t.Run(fmt.Sprint(gone), func(t *testing.T) {
+			t.Parallel()
+			d := setup(t)
+			r := d.relay()
+			ids := d.insert(3, "order", "placed")
+			d.ids(3)
+			if code := r.Terminate(); code != 0 {
+				t.Fatalf("exit code %d", code)
+			}
+			d.listen()
+			ended := make(chan error, 1)
+			go func() {
+				ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{All: true, Run: "again", Yes: true})
+			}()
+			testenv.Eventually(t, "a request", func() bool { return len(d.requests()) == 1 })
+			d.exec(`delete from events where id = any ($1)`, ids[3-gone:])
+			d.relay()
+			d.must(<-ended)
+			if got := len(d.ids(uint64(6 - gone))); got != 6-gone {
+				t.Errorf("%d messages, want %d", got, 6-gone)
+			}
+		})
+	}
+}

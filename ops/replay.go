@@ -143,7 +143,7 @@ type replaying struct {
 
 // Pauses of a replay.
 const (
-	replayPoll  = 100 * time.Millisecond
+	replayPoll  = 25 * time.Millisecond
 	replayTell  = 3 * time.Second  // between plain lines
 	replayStall = 10 * time.Second // without a move: something is wrong
 )
@@ -248,7 +248,7 @@ func (r *replaying) endLine() {
 // it waits for.
 func (r *replaying) line() string {
 	done := r.done
-	if b := r.progress.Batch; b != nil && b.Run == r.Run && len(r.open) > 0 && b.Done < b.Rows && b.Last == r.open[0].Last {
+	if b := r.progress.Batch; b != nil && b.Run == r.Run && b.Done < b.Rows {
 		done += int64(b.Done)
 	}
 	line := fmt.Sprintf("%s of %s", grouped(done), rows(r.total))

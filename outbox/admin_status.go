@@ -42,7 +42,6 @@ type CheckpointState struct {
 type BatchState struct {
 	Kind       string
 	Run        string // of a replay
-	Last       string // id of its last row
 	Rows       int
 	Done       int // how many of them are recorded
 	CommitLSN  string
@@ -111,9 +110,9 @@ func (t Table) readCheckpoint(ctx context.Context, conn *pgx.Conn, c *Checkpoint
 }
 
 func (t Table) readBatch(ctx context.Context, conn *pgx.Conn, b *BatchState) error {
-	return conn.QueryRow(ctx, `select kind, coalesce(run, ''), coalesce(ids[cardinality(ids)], ''), cardinality(ids), done, commit_lsn::text, recorded_at
+	return conn.QueryRow(ctx, `select kind, coalesce(run, ''), cardinality(ids), done, commit_lsn::text, recorded_at
 		from `+t.own("outbox_relay_batches")+` where slot = $1`, t.Slot).
-		Scan(&b.Kind, &b.Run, &b.Last, &b.Rows, &b.Done, &b.CommitLSN, &b.RecordedAt)
+		Scan(&b.Kind, &b.Run, &b.Rows, &b.Done, &b.CommitLSN, &b.RecordedAt)
 }
 
 // What a census reads at most: the rows with the newest ids, pages for those
