@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // Mode is what happens to a row once its event is in the stream.
@@ -68,7 +69,24 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
 		return l, fmt.Errorf("table %s has no column %s: %s", t, strings.Join(missing, ", "), t.Columns.remedy(missing))
 	}
-	return l, t.checkOwnTables(ctx, conn)
+	if err := t.checkOwnTables(ctx, conn); err != nil {
+		return l, err
+	}
+	return l, t.checkPartitionKey(ctx, conn)
+}
+
+// checkPartitionKey refuses a table that recording an outcome would move rows
+// about in.
+func (t Table) checkPartitionKey(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, `select `+t.function("outbox_relay_check_partition_key")+`(pg_catalog.to_regclass($1))`, t.String())
+	var pgErr *pgconn.PgError
+	switch {
+	case errors.As(err, &pgErr) && pgErr.Code == "55000": // object not in prerequisite state
+		return fmt.Errorf("%s: %s", pgErr.Message, pgErr.Hint)
+	case err != nil:
+		return fmt.Errorf("read how %s is partitioned: %w", t, err)
+	}
+	return nil
 }
 
 // remedy says what to do about columns that the table lacks.
@@ -113,7 +131,7 @@ func (c Columns) strange(columns []string) []string {
 }
 
 func (t Table) checkOwnTables(ctx context.Context, conn *pgx.Conn) error {
-	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers"} {
+	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers", "outbox_relay_batches"} {
 		var there bool
 		own := pgx.Identifier{t.Schema, name}.Sanitize()
 		if err := conn.QueryRow(ctx, `select pg_catalog.to_regclass($1) is not null`, own).Scan(&there); err != nil {
