@@ -6,7 +6,7 @@ STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSIONS ?= 15 16 17 18
 
 # The packages whose tests depend on the version of Postgres.
-INTEGRATION = ./checkpoint ./decoder ./migrations ./outbox ./replication ./relay
+INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication ./relay
 # Tests of these that take long and whose outcome does not.
 SAME = ^(TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest)$$
 
@@ -34,6 +34,7 @@ chaos:
 lint:
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
+	cd examples && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...
 
 ## bench: the relay beside pg_recvlogical, on the same backlog
 bench:

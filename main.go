@@ -13,9 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime/debug"
-	"strings"
 	"syscall"
-	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
@@ -42,7 +40,8 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
 
   outbox-relay [run]             relay until SIGTERM or SIGINT
   outbox-relay migrate           make the table, the publication and the relay's own tables
-  outbox-relay migrate --print   show the SQL of that instead
+      --partitioned                a table that is partitioned by time, where there is none yet
+      --print                      show the SQL instead
   outbox-relay status [--json]   how slot, checkpoint, stream and rows stand, and what is wrong;
                                  exit code 0 whatever it finds, as long as Postgres can be asked
   outbox-relay retry ID…         have failed rows published again, once their cause is mended
@@ -142,121 +141,6 @@ func split(args []string) (command string, rest []string) {
 		return "version", nil
 	}
 	return args[0], args[1:]
-}
-
-// parse reads flags, which may stand before, between and behind the other
-// arguments, and returns those.
-func parse(args []string, define func(*flag.FlagSet)) (others []string, err error) {
-	flags := flag.NewFlagSet("", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
-	define(flags)
-	for {
-		if err := flags.Parse(args); err != nil {
-			return nil, err
-		}
-		if args = flags.Args(); len(args) == 0 {
-			return others, nil
-		}
-		others, args = append(others, args[0]), args[1:]
-	}
-}
-
-// parseOnly is parse for a command that takes nothing but flags.
-func parseOnly(args []string, define func(*flag.FlagSet)) error {
-	others, err := parse(args, define)
-	if err == nil && len(others) > 0 {
-		err = fmt.Errorf("unknown argument %q", others[0])
-	}
-	return err
-}
-
-func plain(do action) func([]string) (action, error) {
-	return func(args []string) (action, error) { return do, parseOnly(args, func(*flag.FlagSet) {}) }
-}
-
-func parseMigrate(args []string) (action, error) {
-	show := false
-	err := parseOnly(args, func(f *flag.FlagSet) { f.BoolVar(&show, "print", false, "") })
-	if show {
-		return printMigrations, err
-	}
-	return migrate, err
-}
-
-func parseStatus(args []string) (action, error) {
-	asJSON := false
-	err := parseOnly(args, func(f *flag.FlagSet) { f.BoolVar(&asJSON, "json", false, "") })
-	return func(ctx context.Context, cfg config.Config, std streams) error {
-		return admin(cfg, std).Status(ctx, asJSON)
-	}, err
-}
-
-func parseRetry(args []string) (action, error) {
-	all := false
-	ids, err := parse(args, func(f *flag.FlagSet) { f.BoolVar(&all, "all", false, "") })
-	if err == nil && all == (len(ids) > 0) {
-		err = errors.New("it takes either ids or --all")
-	}
-	return func(ctx context.Context, cfg config.Config, std streams) error {
-		if all {
-			return admin(cfg, std).RetryEvery(ctx)
-		}
-		return admin(cfg, std).RetryRows(ctx, ids)
-	}, err
-}
-
-func parsePark(args []string) (action, error) {
-	if len(args) == 0 || args[0] == "" || args[0][0] == '-' {
-		return nil, errors.New("it takes an id, and a reason")
-	}
-	return func(ctx context.Context, cfg config.Config, std streams) error {
-		return admin(cfg, std).Park(ctx, args[0], strings.Join(args[1:], " "))
-	}, nil
-}
-
-func parseReplay(args []string) (action, error) {
-	var r ops.Replay
-	err := parseOnly(args, func(f *flag.FlagSet) {
-		f.Func("from", "", timeFlag(&r.From))
-		f.Func("to", "", timeFlag(&r.To))
-		f.StringVar(&r.AggregateType, "aggregate-type", "", "")
-		f.StringVar(&r.EventType, "event-type", "", "")
-		f.Func("id", "", func(id string) error {
-			r.IDs = append(r.IDs, id)
-			return nil
-		})
-		f.StringVar(&r.Run, "run", "", "")
-		f.StringVar(&r.After, "after", "", "")
-		f.BoolVar(&r.All, "all", false, "")
-		f.BoolVar(&r.DryRun, "dry-run", false, "")
-		f.BoolVar(&r.Yes, "yes", false, "")
-	})
-	return func(ctx context.Context, cfg config.Config, std streams) error {
-		return admin(cfg, std).Replay(ctx, r)
-	}, err
-}
-
-func timeFlag(t *time.Time) func(string) error {
-	return func(text string) (err error) {
-		if *t, err = time.Parse(time.RFC3339, text); err == nil {
-			return nil
-		}
-		if *t, err = time.Parse(time.DateOnly, text); err != nil {
-			return errors.New("want a time such as 2026-11-24T15:30:00Z, or a date")
-		}
-		return nil
-	}
-}
-
-func parseDrop(args []string) (action, error) {
-	force := false
-	slots, err := parse(args, func(f *flag.FlagSet) { f.BoolVar(&force, "force", false, "") })
-	if err == nil && len(slots) != 1 {
-		err = errors.New("it takes the slot's name")
-	}
-	return func(ctx context.Context, cfg config.Config, std streams) error {
-		return admin(cfg, std).Drop(ctx, slots[0], force)
-	}, err
 }
 
 // admin is what the operator's commands work with. They make no stream, so that
@@ -370,12 +254,7 @@ func extraColumns(subject config.Subject) []string {
 	return extra
 }
 
-func target(cfg config.Config) migrations.Target {
-	return migrations.Target{Schema: cfg.Postgres.Table.Schema, Table: cfg.Postgres.Table.Name,
-		Publication: cfg.Postgres.Publication, Columns: extraColumns(cfg.Subject)}
-}
-
-func migrate(ctx context.Context, cfg config.Config, std streams) error {
+func migrate(ctx context.Context, cfg config.Config, target migrations.Target, std streams) error {
 	url, err := cfg.Postgres.URL.Value()
 	if err != nil {
 		return err
@@ -384,11 +263,11 @@ func migrate(ctx context.Context, cfg config.Config, std streams) error {
 	if err != nil {
 		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
-	return migrations.Up(ctx, postgres, target(cfg), logger(cfg.Log, std.err))
+	return migrations.Up(ctx, postgres, target, logger(cfg.Log, std.err))
 }
 
-func printMigrations(_ context.Context, cfg config.Config, std streams) error {
-	rendered, err := migrations.Render(target(cfg))
+func printMigrations(target migrations.Target, std streams) error {
+	rendered, err := migrations.Render(target)
 	if err != nil {
 		return err
 	}

@@ -43,8 +43,12 @@ func asReadmeRole(t *testing.T) (b *bundle, deletes string) {
 // The relay lives on what the README grants: all that it does to rows is here.
 func TestLeastPrivilege(t *testing.T) {
 	b, deletes := asReadmeRole(t)
-	r := b.streaming()
 	ids := b.insert(10)
+	requireLeaves(b, b.streaming())
+	b.dropSlot()
+	ids = append(ids, b.insert(10)...)
+	r := b.streaming()
+	ids = append(ids, b.insert(10)...)
 	bad := b.insertTooLarge()
 	more := b.insert(10)
 	b.requireStatus("published", append(ids, more...))

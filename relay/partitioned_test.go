@@ -1,0 +1,58 @@
+package relay_test
+
+import (
+	"testing"
+	"time"
+
+	"outbox-relay/internal/testenv"
+)
+
+// An outbox that is partitioned by time: its backlog and what comes from several
+// partitions at once goes out under the root's name, by id and in commit order,
+// and its rows are recorded where they are.
+func TestPartitionedOutbox(t *testing.T) {
+	for _, mode := range []string{"mark", "delete"} {
+		t.Run(mode, func(t *testing.T) {
+			b := &bundle{TB: t, cluster: testenv.Postgres(t), nats: testenv.NATS(t, testenv.NATSOptions{})}
+			b.url = testenv.Database(t, b.cluster)
+			b.sql = b.connect()
+			b.env = map[string]string{"OUTBOX_POSTGRES_URL": b.url, "OUTBOX_SLOT": b.slot(), "OUTBOX_NATS_URL": b.nats.URL(), "OUTBOX_HTTP_ADDR": ""}
+			b.dial()
+			if code := testenv.StartRelay(t, b.env, "migrate", "--partitioned").Wait(time.Minute); code != 0 {
+				t.Fatalf("migrate ends with %d", code)
+			}
+			b.exec(`select outbox_relay_add_partitions('events', 'month', 1)`)
+			spread := func(n int) []string {
+				var ids []string
+				b.must(b.sql.QueryRow(t.Context(), `with spread as (insert into events (aggregate_type, event_type, payload, created_at)
+					select 'order', 'created', '{}', now() + (i % 3 - 1) * interval '40 days' from generate_series(1, $1) i returning id)
+					select array_agg(id) from spread`, n).Scan(&ids))
+				return ids
+			}
+			backlog := spread(300)
+			if n := b.count(`select count(distinct tableoid) from events`); n < 2 {
+				t.Fatalf("the rows are in %d partitions", n)
+			}
+			r := b.start(noWindow, "AFTER_PUBLISH="+mode)
+			r.WaitLog("msg=streaming")
+			w := b.write(2)
+			w.await(500)
+			r.Kill()
+			r = b.streaming(noWindow, "AFTER_PUBLISH="+mode)
+			w.stop()
+			ids := append(backlog, spread(300)...)
+			b.requireDone(mode, ids)
+			testenv.Eventually(t, "every row's outcome", func() bool { return b.count(`select count(*) from events where status = 'pending'`) == 0 })
+			seen := map[string]int{}
+			for _, m := range b.messages() {
+				seen[m.id]++
+			}
+			for _, id := range ids {
+				if seen[id] != 1 {
+					t.Fatalf("event %s is in the stream %d times", id, seen[id])
+				}
+			}
+			requireLeaves(t, r)
+		})
+	}
+}
