@@ -25,8 +25,10 @@ type Housekeeping struct {
 }
 
 const (
-	removeStep = 1000 // rows that one statement of the retention looks at
-	retryStep  = 100  // failed rows that are looked at before any is retried
+	// Rows that one statement of the retention looks at: a commit beside it can wait
+	// as long as that takes (docs/costs.md).
+	removeStep = 200
+	retryStep  = 100 // failed rows that are looked at before any is retried
 	// restShare is how much longer than its work the housekeeper rests after each
 	// step, so that it never takes more than a fifth of a connection's time.
 	restShare = 4

@@ -15,17 +15,15 @@ import (
 	"outbox-relay/outbox"
 )
 
-// The pace of relay's housekeeper.
-const (
-	step      = 1000
-	restShare = 4
-)
+// restShare is that of relay's housekeeper, whose steps have 200 rows.
+const restShare = 4
 
 // load is what the writers do.
 type load struct {
 	writers int
 	length  time.Duration
 	old     int // rows that retention can remove, at most
+	step    int // rows that it looks at in one statement
 }
 
 // writing is what the writers saw, and what retention did meanwhile.
@@ -49,6 +47,7 @@ func retention(ctx context.Context, args []string, out io.Writer) error {
 	var l load
 	flags := flags("retention")
 	flags.IntVar(&l.writers, "writers", 2, "connections that insert one event a transaction")
+	flags.IntVar(&l.step, "step", 200, "rows that retention looks at in one statement")
 	flags.IntVar(&l.old, "old", 400_000, "rows that can be removed while retention is at work")
 	flags.DurationVar(&l.length, "for", 5*time.Second, "how long each measurement takes")
 	rounds := flags.Int("rounds", 7, "how often each is measured")
@@ -115,7 +114,7 @@ func (d *database) write(ctx context.Context, l load, retained bool) (writing, e
 		})
 	}
 	if retained {
-		group.Go(func() error { return d.retainUntil(ctx, &w) })
+		group.Go(func() error { return d.retainUntil(ctx, l.step, &w) })
 	}
 	err := group.Wait()
 	w.took = time.Since(began)
@@ -166,7 +165,7 @@ func (d *database) insertUntil(ctx context.Context) (commits []time.Duration, er
 }
 
 // retainUntil removes old rows at the housekeeper's pace until ctx ends.
-func (d *database) retainUntil(ctx context.Context, w *writing) error {
+func (d *database) retainUntil(ctx context.Context, step int, w *writing) error {
 	conn, err := pgx.Connect(context.WithoutCancel(ctx), d.url)
 	if err != nil {
 		return err
