@@ -111,6 +111,7 @@ func (p *pipeline) finish(b checkpoint.TableBatch) error {
 		return err
 	}
 	p.log.Info("publishing the rest of what an earlier session began to publish from the table", "source", string(b.Source), "events", len(b.Left()))
+	p.after = b.End // the slot gives its request once more
 	return p.publishBatch(b, rows)
 }
 

@@ -262,3 +262,27 @@ func TestRetryKilledAtEachStep(t *testing.T) {
 		})
 	}
 }
+
+// Killed again and again in the middle of a replay: each of its messages once.
+func TestReplayKilledAtRandomMoments(t *testing.T) {
+	b := setup(t)
+	r := b.streaming(noWindow)
+	ids := b.insert(20_000)
+	b.requireStatus("published", ids)
+	var want []string
+	for part := range slices.Chunk(ids, 1000) {
+		b.ask(map[string]any{"replay": "again", "ids": part})
+		for _, id := range part {
+			want = append(want, id+":again")
+		}
+	}
+	for b.last() < uint64(len(ids)+len(want)) {
+		from := b.last()
+		testenv.Eventually(t, "more messages", func() bool { return b.last() > from+uint64(rand.IntN(2000)) || b.last() == uint64(len(ids)+len(want)) })
+		r.Kill()
+		r = b.start(noWindow)
+	}
+	b.requireStream(append(ids, want...))
+	b.requireStatus("published", append(ids, b.insert(1)...))
+	requireLeaves(t, r)
+}
