@@ -2,6 +2,7 @@ package relay_test
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"strconv"
 	"strings"
@@ -39,12 +40,16 @@ func TestBackfillInFlatMemory(t *testing.T) {
 	b.exec(`insert into events (id, aggregate_type, event_type, payload, status, created_at)
 		select 'event_' || lpad(i::text, 26, '0'), 'order', 'created', jsonb_build_object('n', i, 'text', repeat('x', 150)), 'pending', now() from generate_series(1, $1) i`, events)
 	b.exec(`vacuum analyze events`)
-	r := b.start("NATS_URL="+server.URL(), "AFTER_PUBLISH="+mode)
+	address := fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t))
+	release := b.barred("outbox_relay_batches")
+	r := b.start("NATS_URL="+server.URL(), "AFTER_PUBLISH="+mode, "HTTP_ADDR="+address)
 	r.WaitLog("publishing the rows that do not come out of the slot")
+	b.requireReady(address, http.StatusServiceUnavailable, "backfilling")
+	release()
 	for n := uint64(events / 100); n <= uint64(events); n += uint64(events / 100) {
 		testenv.Eventually(t, fmt.Sprintf("%d events in the stream", n), func() bool { return b.last() >= n })
 	}
-	r.WaitLog("msg=streaming")
+	b.requireReady(address, http.StatusOK, "streaming")
 	for _, line := range strings.Split(r.Logs(), "\n") {
 		if strings.Contains(line, "took=") {
 			t.Log(line)
