@@ -4,7 +4,9 @@
 //
 // The promise is: each committed event exactly once in the stream, in commit
 // order, unchanged; the slot never confirmed past an event that is not stored;
-// and the rows' status as the stream is.
+// and the rows' status as the stream is. What failed and is asked for again stands
+// where that was committed, and what is replayed stands there once more for each
+// run. Only what no slot could bring comes from the table, in the order of ids.
 package chaos
 
 import (
@@ -25,9 +27,20 @@ func digestOf(body []byte) digest { return sha256.Sum256(body) }
 
 // event is one event that was committed.
 type event struct {
-	id   string
-	body digest
-	end  pglogrepl.LSN // of its transaction's commit record
+	id       string
+	body     digest
+	end      pglogrepl.LSN // of its transaction's commit record
+	inserted pglogrepl.LSN // its own record
+	order    int           // among all events and wishes, as they were committed
+	rejected bool          // as it was inserted, no message can carry it
+}
+
+// wish is a row that a transaction asked the relay to publish from the table.
+type wish struct {
+	id    string
+	run   string // of a replay; empty: it failed, and is to be tried again
+	end   pglogrepl.LSN
+	order int
 }
 
 // message is one message of the stream, as it was read from there.
@@ -36,6 +49,7 @@ type message struct {
 	id       string
 	body     digest
 	stored   time.Time // by the NATS server
+	position string    // its Outbox-Position
 }
 
 // sample is how far the slot was confirmed at a time that lies not before the
@@ -43,7 +57,12 @@ type message struct {
 type sample struct {
 	taken     time.Time
 	confirmed pglogrepl.LSN
+	slot      int  // which one, of those that a season had one after the other
+	backfill  bool // the checkpoint says that rows come from the table
 }
+
+// gap is where inserts were not published: between two LSNs.
+type gap struct{ from, to pglogrepl.LSN }
 
 // row is an event's row at the end. published is zero where it is NULL.
 type row struct {
@@ -55,10 +74,16 @@ type row struct {
 // history is all that is to be judged.
 type history struct {
 	events   []event   // in commit order
+	wishes   []wish    // in commit order
 	messages []message // by sequence
 	samples  []sample  // in any order
 	rows     []row     // in any order
 	after    string    // OUTBOX_AFTER_PUBLISH: mark, delete or keep
+
+	// begins says where each slot begins: of what was committed before, it brings
+	// nothing. Without a value it has all.
+	begins []pglogrepl.LSN
+	gaps   []gap
 }
 
 // kind is a way to break the promise.
@@ -131,10 +156,17 @@ func (f *findings) details() string {
 // check judges a history. An event is found once of each kind at most, and a
 // loss is nothing else besides: its row is right where it does not claim more.
 func check(h history) findings {
-	c := checker{history: h, place: make(map[string]int, len(h.events)), first: make([]*message, len(h.events))}
+	c := checker{history: h, place: make(map[string]int, len(h.events)), first: make([]*message, len(h.events)),
+		wished: make(map[wishKey]int, len(h.wishes)), granted: make([]*message, len(h.wishes)), since: make(map[*message]pglogrepl.LSN, len(h.messages))}
 	for i, e := range h.events {
 		c.place[e.id] = i
+		c.ends = append(c.ends, e.end)
 	}
+	for i, w := range h.wishes {
+		c.wished[w.key()] = i
+		c.ends = append(c.ends, w.end)
+	}
+	slices.Sort(c.ends)
 	c.stream()
 	c.losses()
 	c.confirmations()
@@ -144,37 +176,13 @@ func check(h history) findings {
 
 type checker struct {
 	history
-	found findings
-	place map[string]int // of each event in commit order
-	first []*message     // of each event, nil: none
-}
-
-// stream looks for duplicates, phantoms, changed bodies and disorder. Only an
-// event's first message counts for the order.
-func (c *checker) stream() {
-	newest := -1
-	for i := range c.messages {
-		m := &c.messages[i]
-		at, committed := c.place[m.id]
-		switch {
-		case !committed:
-			c.found.add(phantom, "message %d bears id %q, which was never committed", m.sequence, m.id)
-			continue
-		case m.body != c.events[at].body:
-			c.found.add(altered, "message %d, event %s, has another body than its row", m.sequence, m.id)
-		}
-		if c.first[at] != nil {
-			c.found.add(duplicate, "message %d bears id %s, as message %d does (stored %s later)",
-				m.sequence, m.id, c.first[at].sequence, m.stored.Sub(c.first[at].stored))
-			continue
-		}
-		c.first[at] = m
-		if at < newest {
-			c.found.add(disorder, "message %d, event %s, was committed before event %s, which stands before it",
-				m.sequence, m.id, c.events[newest].id)
-		}
-		newest = max(newest, at)
-	}
+	found   findings
+	place   map[string]int  // of each event in commit order
+	first   []*message      // of each event, nil: none
+	wished  map[wishKey]int // which wish it is
+	granted []*message      // of each replay, nil: none
+	ends    []pglogrepl.LSN // of all transactions
+	since   map[*message]pglogrepl.LSN
 }
 
 func (c *checker) losses() {
@@ -183,25 +191,72 @@ func (c *checker) losses() {
 			c.found.add(lost, "event %s, number %d of %d, whose commit ends at %s", e.id, i+1, len(c.events), e.end)
 		}
 	}
-}
-
-// confirmations looks for events that the slot had passed when they were not
-// stored yet.
-func (c *checker) confirmations() {
-	samples := slices.Clone(c.samples)
-	slices.SortFunc(samples, func(a, b sample) int { return cmp.Compare(b.confirmed, a.confirmed) })
-	next := 0
-	var passed time.Time // the earliest time at which an LSN as high was confirmed
-	for i := len(c.events) - 1; i >= 0; i-- {
-		for ; next < len(samples) && samples[next].confirmed >= c.events[i].end; next++ {
-			if taken := samples[next].taken; passed.IsZero() || taken.Before(passed) {
-				passed = taken
-			}
-		}
-		if m := c.first[i]; m != nil && !passed.IsZero() && m.stored.After(passed) {
-			c.found.add(early, "event %s was stored %s after the slot had passed %s", m.id, m.stored.Sub(passed), c.events[i].end)
+	for i, w := range c.wishes {
+		if w.run != "" && c.granted[i] == nil {
+			c.found.add(lost, "event %s of run %s, asked for by a commit that ends at %s", w.id, w.run, w.end)
 		}
 	}
+}
+
+// confirmations looks for messages that a slot had passed, which had them to
+// bring, when they were not stored yet. What comes from the table may be passed
+// once the checkpoint says so.
+func (c *checker) confirmations() {
+	samples := map[int][]sample{}
+	sure := map[int][]sample{}
+	for _, s := range c.samples {
+		samples[s.slot] = append(samples[s.slot], s)
+		if !s.backfill {
+			sure[s.slot] = append(sure[s.slot], s)
+		}
+	}
+	var messages, tables []stored
+	for m, end := range c.since {
+		if commit, _, told := parsePosition(m.position); told && commit == 0 {
+			tables = append(tables, stored{m, end})
+		} else {
+			messages = append(messages, stored{m, end})
+		}
+	}
+	c.passed(messages, samples)
+	c.passed(tables, sure)
+}
+
+// stored is a message, and where its transaction ends.
+type stored struct {
+	*message
+	end pglogrepl.LSN
+}
+
+func (c *checker) passed(messages []stored, samples map[int][]sample) {
+	slices.SortFunc(messages, func(a, b stored) int { return cmp.Compare(b.end, a.end) })
+	found := map[*message]bool{}
+	for slot, samples := range samples {
+		slices.SortFunc(samples, func(a, b sample) int { return cmp.Compare(b.confirmed, a.confirmed) })
+		next := 0
+		var passed time.Time // the earliest time at which an LSN as high was confirmed
+		for _, m := range messages {
+			if m.end <= c.begin(slot) {
+				break
+			}
+			for ; next < len(samples) && samples[next].confirmed >= m.end; next++ {
+				if taken := samples[next].taken; passed.IsZero() || taken.Before(passed) {
+					passed = taken
+				}
+			}
+			if !passed.IsZero() && m.stored.After(passed) && !found[m.message] {
+				found[m.message] = true
+				c.found.add(early, "event %s was stored %s after the slot had passed %s", m.id, m.stored.Sub(passed), m.end)
+			}
+		}
+	}
+}
+
+func (c *checker) begin(slot int) pglogrepl.LSN {
+	if slot < len(c.begins) {
+		return c.begins[slot]
+	}
+	return 0
 }
 
 // table holds the rows against the stream.

@@ -14,15 +14,17 @@ const (
 	broker // the NATS servers
 	stream
 	links
+	slot // what it needs in the stream and in WAL
 )
 
 // fault is a kind of fault.
 type fault struct {
-	name   string
-	strike func(*season) injury
-	on     part
-	slow   bool // takes ten seconds or more: not for short runs
-	fits   func(plan) bool
+	name    string
+	prepare func(*season) // what it needs the relay for, before anything strikes
+	strike  func(*season) injury
+	on      part
+	slow    bool // takes ten seconds or more: not for short runs
+	fits    func(plan) bool
 }
 
 // injury is a fault that struck: how long it is to last, and what ends it.
@@ -49,6 +51,11 @@ func (s *season) suffer(faults ...fault) {
 	s.Helper()
 	var injuries []injury
 	var hold time.Duration
+	for _, f := range faults {
+		if f.prepare != nil {
+			f.prepare(s)
+		}
+	}
 	for _, f := range faults {
 		one := f.strike(s)
 		injuries = append(injuries, one)
@@ -90,5 +97,5 @@ func (s *season) await(what string, done func() bool) {
 
 // allFaults lists every kind.
 func allFaults() []fault {
-	return slices.Concat(relayFaults, postgresFaults, brokerFaults, streamFaults, linkFaults())
+	return slices.Concat(relayFaults, postgresFaults, brokerFaults, streamFaults, linkFaults(), tableFaults)
 }

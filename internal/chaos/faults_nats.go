@@ -84,16 +84,16 @@ func stepDown(s *season) injury {
 }
 
 var streamFaults = []fault{
-	{name: "stream purged", on: stream, fits: notConsumed, strike: func(s *season) injury {
+	{name: "stream purged", on: stream | slot, fits: notConsumed, strike: func(s *season) injury {
 		s.purge()
 		return injury{}
 	}},
-	{name: "stream purged with the relay killed", on: relay | stream, fits: notConsumed, strike: func(s *season) injury {
+	{name: "stream purged with the relay killed", on: relay | stream | slot, fits: notConsumed, strike: func(s *season) injury {
 		back := s.killRelays()
 		s.purge()
 		return injury{0, back}
 	}},
-	{name: "messages expired with the relay killed", on: relay | stream, fits: notConsumed, strike: expireAll},
+	{name: "messages expired with the relay killed", on: relay | stream | slot, fits: notConsumed, strike: expireAll},
 	{name: "stream full", on: stream, strike: fillUp},
 }
 

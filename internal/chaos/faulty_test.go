@@ -12,6 +12,7 @@ import (
 // one that does not is not.
 func TestBrokenRelaysAreCaught(t *testing.T) {
 	shared := servers{cluster: testenv.Postgres(t), natsBinary: testenv.NATSBinary(t, "")}
+	const backlog = 50
 	for fault, want := range map[string]findings{
 		"":              {},
 		"lose":          count(lost, 1),
@@ -21,10 +22,19 @@ func TestBrokenRelaysAreCaught(t *testing.T) {
 		"alter":         count(altered, 1),
 		"confirm-early": count(early, 5),
 		"mark-unstored": count(wrongRow, 5),
+
+		"backfill-nothing":   count(lost, backlog),
+		"backfill-short":     count(lost, 1),
+		"backfill-twice":     count(duplicate, 1),
+		"backfill-by-chance": count(disorder, 1),
+		"heal-unlost":        count(disorder, 1),
 	} {
 		t.Run(cmp.Or(fault, "unbroken"), func(t *testing.T) {
-			p := plan{after: "mark", nodes: 1, relays: 1, retention: kept}
+			p := plan{after: "mark", nodes: 1, relays: 1, retention: kept, backlog: backlog}
 			s := newSeason(t, shared, p, rand.New(rand.NewPCG(1, 1)), "./internal/chaos/faulty", map[string]string{"OUTBOX_FAULT": fault})
+			s.begin()
+			s.seats[0].relay.WaitLog("msg=streaming")
+			s.await("a look at where the slot begins", func() bool { return len(s.sampler.all()) > 0 })
 			for range 20 {
 				s.insert(5)
 			}

@@ -36,13 +36,26 @@ func TestTransactionsOfTestDecoding(t *testing.T) {
 		{"0/50", "COMMIT"},
 		{"0/18", `table public.events: INSERT: id[text]:'c' payload[jsonb]:'1'`},
 		{"0/60", "COMMIT"},
+		{"0/68", `message: transactional: 1 prefix: outbox_relay:16400, sz: 43 content:{"retry": [{"id": "a", "attempt": 1}]}`},
+		{"0/70", `table public.events: INSERT: id[text]:'d' payload[jsonb]:'1' headers[jsonb]:'{"content-type": "no"}'`},
+		{"0/78", `message: transactional: 1 prefix: outbox_relay:16400, sz: 33 content:{"replay": "x", "ids": ["b", "c"]}`},
+		{"0/80", "COMMIT"},
 	} {
 		if err := decoded.line(line[0], line[1]); err != nil {
 			t.Fatal(err)
 		}
 	}
-	want := []event{{"a", digestOf([]byte(`{}`)), 0x40}, {"b", digestOf([]byte(`""`)), 0x40}, {"c", digestOf([]byte(`1`)), 0x60}}
+	want := []event{
+		{id: "a", body: digestOf([]byte(`{}`)), end: 0x40, inserted: 0x20},
+		{id: "b", body: digestOf([]byte(`""`)), end: 0x40, inserted: 0x30, order: 1},
+		{id: "c", body: digestOf([]byte(`1`)), end: 0x60, inserted: 0x18, order: 2},
+		{id: "d", body: digestOf([]byte(`1`)), end: 0x80, inserted: 0x70, order: 4, rejected: true},
+	}
 	if !slices.Equal(decoded.events, want) {
 		t.Errorf("%v, want %v", decoded.events, want)
+	}
+	wishes := []wish{{id: "a", end: 0x80, order: 3}, {id: "b", run: "x", end: 0x80, order: 5}, {id: "c", run: "x", end: 0x80, order: 6}}
+	if !slices.Equal(decoded.wishes, wishes) {
+		t.Errorf("%v, want %v", decoded.wishes, wishes)
 	}
 }

@@ -27,6 +27,7 @@ type plan struct {
 	nodes     int    // NATS servers, and replicas of the stream
 	relays    int    // processes, all on one slot
 	retention retention
+	backlog   int // rows that are there before the slot
 }
 
 // retention is how messages leave the stream.
@@ -42,7 +43,11 @@ const (
 const maxAge = time.Minute
 
 func (p plan) String() string {
-	return fmt.Sprintf("%s, %d NATS nodes, messages %s, %d relays", p.after, p.nodes, p.retention, p.relays)
+	backlog := ""
+	if p.backlog > 0 {
+		backlog = fmt.Sprintf(", %d rows before the slot", p.backlog)
+	}
+	return fmt.Sprintf("%s, %d NATS nodes, messages %s, %d relays%s", p.after, p.nodes, p.retention, p.relays, backlog)
 }
 
 // season is a database, a stream and the relays between them, for some faults.
@@ -67,6 +72,12 @@ type season struct {
 	writers *writers
 	witness *witness
 	sampler *sampler
+
+	again   int // at most so often faults strike while the relay heals
+	gaps    []gap
+	replays []string       // ids of messages that are still awaited
+	runs    int            // of replays
+	further map[string]int // faults that struck while the relay healed, by kind
 }
 
 // servers are what seasons share.
@@ -75,11 +86,10 @@ type servers struct {
 	natsBinary string
 }
 
-// newSeason starts everything but the load: with the first relay streaming, so
-// that every event comes through the slot.
+// newSeason makes everything but the load and the relays.
 func newSeason(t *testing.T, shared servers, p plan, random *rand.Rand, program string, settings map[string]string) *season {
 	t.Helper()
-	s := &season{T: t, plan: p, random: random, program: program, settings: settings, cluster: shared.cluster}
+	s := &season{T: t, plan: p, random: random, program: program, settings: settings, cluster: shared.cluster, again: 3, further: map[string]int{}}
 	s.openDatabase()
 	s.nats = testenv.NATSProcesses(t, shared.natsBinary, p.nodes)
 	s.dial()
@@ -89,14 +99,33 @@ func newSeason(t *testing.T, shared servers, p plan, random *rand.Rand, program 
 	for range p.relays {
 		s.seats = append(s.seats, s.newSeat())
 	}
+	s.witness = newWitness(s.js, s.retention == consumed)
+	s.sampler = &sampler{url: s.url, slot: s.slot, slots: []slotLife{{}}}
+	return s
+}
+
+// begin starts the relays: the first one streams before anything is inserted, so
+// that every event comes through the slot, or it finds the plan's backlog.
+func (s *season) begin() {
+	s.Helper()
+	if s.backlog > 0 {
+		s.sampler.slots[0].late = true
+		for left := s.backlog; left > 0; left -= backlogPart {
+			s.insert(min(left, backlogPart))
+		}
+	}
 	s.seats[0].start()
-	s.seats[0].relay.WaitLog("msg=streaming")
+	if s.backlog == 0 {
+		s.seats[0].relay.WaitLog("msg=streaming")
+	}
 	for _, seat := range s.seats[1:] {
 		seat.start()
 	}
 	s.observe()
-	return s
 }
+
+// backlogPart is how many rows of a backlog a transaction has.
+const backlogPart = 5000
 
 func (s *season) must(err error) {
 	if err != nil {
@@ -114,7 +143,7 @@ func (s *season) openDatabase() {
 	target := migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}
 	s.must(migrations.Up(s.Context(), config, target, slog.New(slog.DiscardHandler)))
 	s.Cleanup(s.hangUp)
-	s.oracle = oracle{s.slot + "_oracle"}
+	s.oracle = oracle{slot: s.slot + "_oracle"}
 	s.query(s.oracle.create)
 }
 
@@ -148,8 +177,6 @@ const duplicateWindow = 100 * time.Millisecond
 
 // observe starts what watches: the witness and the sampler.
 func (s *season) observe() {
-	s.witness = newWitness(s.js, s.retention == consumed)
-	s.sampler = &sampler{url: s.url, slot: s.slot}
 	ctx, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup
 	group.Go(func() { s.witness.run(ctx) })
@@ -298,7 +325,7 @@ func (st *seat) start() {
 // streaming tells, by its log, whether the relay has the slot and works.
 func (st *seat) streaming() bool {
 	logs := st.relay.Logs()
-	began := strings.LastIndex(logs, "msg=streaming")
+	began := max(strings.LastIndex(logs, "msg=streaming"), strings.LastIndex(logs, "publishing the rows"))
 	return began >= 0 && began > strings.LastIndex(logs, "standing by") && began > strings.LastIndex(logs, "waiting to start again")
 }
 

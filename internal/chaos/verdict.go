@@ -20,9 +20,11 @@ func (s *season) finish() (events int, found findings) {
 	s.Helper()
 	s.writers.stop()
 	s.awaitArrival(s.insertMarker(), false) // what is missing then is lost
+	s.retryAll()
 	s.stopRelays()
 	s.awaitWitness()
-	h := history{after: s.after, samples: s.sampler.all()}
+	s.sampleOnce()
+	h := history{after: s.after, samples: s.sampler.all(), begins: s.sampler.begins(), gaps: s.gaps}
 	var faults []string
 	h.messages, faults = s.witness.statement()
 	for _, fault := range faults {
@@ -36,13 +38,19 @@ func (s *season) finish() (events int, found findings) {
 		if h.rows, err = readRows(ctx, conn); err != nil {
 			return err
 		}
-		h.events, err = s.oracle.events(ctx, conn)
-		return err
+		return s.oracle.read(ctx, conn)
 	})
+	h.events, h.wishes = s.oracle.decoded.events, s.oracle.decoded.wishes
 	if last := h.events[len(h.events)-1].end; confirmed < last {
 		s.Errorf("the slot is confirmed up to %s after a clean stop, and the last commit ends at %s", confirmed, last)
 	}
 	return len(h.events), check(h)
+}
+
+// sampleOnce makes sure that the last slot was looked at.
+func (s *season) sampleOnce() {
+	s.Helper()
+	s.query(s.sampler.look)
 }
 
 // awaitArrival waits until the event is in the stream. One that does not come

@@ -88,7 +88,7 @@ func (w *witness) fetch(consumer jetstream.Consumer, delivered *uint64) (n int, 
 		if *delivered++; !w.workQueue && meta.Sequence.Consumer != *delivered {
 			return n, errDeliveryGap
 		}
-		w.record(message{meta.Sequence.Stream, msg.Headers().Get("Nats-Msg-Id"), digestOf(msg.Data()), meta.Timestamp})
+		w.record(message{meta.Sequence.Stream, msg.Headers().Get("Nats-Msg-Id"), digestOf(msg.Data()), meta.Timestamp, msg.Headers().Get("Outbox-Position")})
 		n++
 		if w.workQueue {
 			_ = msg.Ack() // one that is lost lets the message come again

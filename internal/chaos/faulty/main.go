@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
@@ -50,10 +51,11 @@ func run(ctx context.Context) error {
 	return session.Finish(context.Background())
 }
 
-// message is an event that was decoded.
+// message is an event that was decoded, or read from the table.
 type message struct {
 	id, subject string
 	body        []byte
+	position    string
 }
 
 // relay is the replication handler.
@@ -102,7 +104,53 @@ func (r *relay) start(ctx context.Context) (*replication.Session, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := r.backfill(ctx, slot.Snapshot); err != nil {
+		return nil, err
+	}
 	return r.conn.Start(ctx, r.slot, "outbox_relay", slot.Point)
+}
+
+// backfill publishes the rows that the slot's snapshot sees. The fifth is where
+// the promise is broken.
+func (r *relay) backfill(ctx context.Context, snapshot string) error {
+	var messages []message
+	err := pgx.BeginTxFunc(ctx, r.sql, pgx.TxOptions{IsoLevel: pgx.RepeatableRead}, func(tx pgx.Tx) error {
+		if _, err := tx.Exec(ctx, `set transaction snapshot '`+snapshot+`'`); err != nil {
+			return err
+		}
+		rows, err := tx.Query(ctx, `select id, 'events.order.' || event_type, convert_to(payload::text, 'UTF8') from events where status = 'pending' order by id`)
+		if err != nil {
+			return err
+		}
+		messages, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (m message, err error) {
+			err = row.Scan(&m.id, &m.subject, &m.body)
+			return m, err
+		})
+		return err
+	})
+	if err != nil || len(messages) == 0 {
+		return err
+	}
+	stored := messages
+	switch r.fault {
+	case "backfill-nothing":
+		return nil
+	case "backfill-short":
+		messages = slices.Delete(messages, 4, 5)
+		stored = messages
+	case "backfill-twice":
+		stored = append(slices.Clone(messages), messages[0])
+	case "backfill-by-chance":
+		stored = slices.Clone(messages)
+		stored[4], stored[5] = stored[5], stored[4]
+	}
+	for i := range stored {
+		stored[i].position = fmt.Sprintf("1/0/0/%d", i+1)
+	}
+	if err := r.publish(stored); err != nil {
+		return err
+	}
+	return r.mark(messages)
 }
 
 // Data implements replication.Handler.
@@ -113,7 +161,7 @@ func (r *relay) Data(_ pglogrepl.LSN, data []byte) error {
 		return err
 	case kind == decoder.Insert:
 		e := &r.decoder.Event
-		r.transaction = append(r.transaction, message{string(e.ID), "events.order." + string(e.EventType), append([]byte(nil), e.Payload...)})
+		r.transaction = append(r.transaction, message{id: string(e.ID), subject: "events.order." + string(e.EventType), body: append([]byte(nil), e.Payload...)})
 	case kind == decoder.Commit && len(r.transaction) > 0:
 		return r.commit(r.decoder.End)
 	}
@@ -143,7 +191,7 @@ func (r *relay) commit(end pglogrepl.LSN) error {
 	case "reorder":
 		stored = append([]message{messages[1], messages[0]}, messages[2:]...)
 	case "invent":
-		stored = append(messages, message{"event_invented", messages[0].subject, messages[0].body})
+		stored = append(messages, message{id: "event_invented", subject: messages[0].subject, body: messages[0].body})
 	case "alter":
 		stored[0].body = append(stored[0].body, ' ')
 	case "confirm-early":
@@ -154,6 +202,8 @@ func (r *relay) commit(end pglogrepl.LSN) error {
 			return err
 		}
 		time.Sleep(10 * time.Millisecond)
+	case "heal-unlost":
+		stored[0].position = "1/0/0/1000"
 	}
 	if err := r.publish(stored); err != nil {
 		return err
@@ -173,7 +223,7 @@ func (r *relay) publish(messages []message) error {
 		if i > 0 && m.id == messages[0].id {
 			time.Sleep(time.Second) // the duplicate window is over
 		}
-		_, err := r.js.PublishMsg(context.Background(), &nats.Msg{Subject: m.subject, Data: m.body, Header: nats.Header{"Nats-Msg-Id": {m.id}}})
+		_, err := r.js.PublishMsg(context.Background(), &nats.Msg{Subject: m.subject, Data: m.body, Header: nats.Header{"Nats-Msg-Id": {m.id}, "Outbox-Position": {m.position}}})
 		if err != nil {
 			return err
 		}
