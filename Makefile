@@ -24,7 +24,7 @@ test-version-%:
 
 ## chaos: the promise under faults. CHAOS_SEED repeats a run, CHAOS_RATE sets rows
 ## a second, CHAOS_NATS_VERSION (v2.12.0) another nats-server, POSTGRES_VERSION
-## another Postgres, CHAOS_ONLY the kinds of faults whose name has it
+## another Postgres, CHAOS_ONLY the kinds of faults whose name matches
 chaos: export CHAOS_EVENTS ?= 1000000
 chaos: export CHAOS_FAULTS ?= 300
 chaos:

@@ -40,7 +40,7 @@ func readSettings(t *testing.T) settings {
 	t.Helper()
 	return settings{
 		events: number(t, "CHAOS_EVENTS", 20_000),
-		faults: number(t, "CHAOS_FAULTS", 12),
+		faults: number(t, "CHAOS_FAULTS", 15),
 		rate:   number(t, "CHAOS_RATE", 2000),
 		seed:   uint64(number(t, "CHAOS_SEED", rand.IntN(1<<31))),
 		nats:   os.Getenv("CHAOS_NATS_VERSION"),
@@ -92,7 +92,7 @@ func (r *run) faults() (n int) {
 
 func (r *run) String() string {
 	var kinds []string
-	for _, f := range allFaults() {
+	for _, f := range append(allFaults(), fault{name: readerTerminated}) {
 		if n := r.struck[f.name]; n > 0 {
 			kinds = append(kinds, fmt.Sprintf("%s %d", f.name, n))
 		}

@@ -311,6 +311,10 @@ func replayRows(s *season) injury {
 func (s *season) harass(times int, on part) {
 	s.Helper()
 	for range times {
+		if s.random.IntN(4) == 0 && s.terminateReader() {
+			s.further[readerTerminated]++
+			continue
+		}
 		s.awaitMoment()
 		f := s.quickFault(on)
 		one := f.strike(s)
@@ -320,6 +324,20 @@ func (s *season) harass(times int, on part) {
 		}
 		s.further[f.name]++
 	}
+}
+
+const readerTerminated = "backfill's reader terminated"
+
+// terminateReader ends the session in which the relay reads the table, if there
+// is one in time.
+func (s *season) terminateReader() bool {
+	s.Helper()
+	ended := 0
+	for until := time.Now().Add(patience); ended == 0 && time.Now().Before(until); time.Sleep(time.Millisecond) {
+		ended = s.count(`select count(pg_terminate_backend(pid)) from pg_stat_activity
+			where application_name = 'outbox-relay backfill' and datname = current_database()`)
+	}
+	return ended > 0
 }
 
 func (s *season) quickFault(on part) fault {
@@ -349,9 +367,8 @@ func (s *season) awaitMoment() {
 	switch s.random.IntN(3) {
 	case 0:
 		step := steps[s.random.IntN(len(steps))]
-		reached = func() bool {
-			return slices.ContainsFunc(s.seats, func(st *seat) bool { return strings.Contains(st.relay.Logs(), step) })
-		}
+		before := s.told(step)
+		reached = func() bool { return s.told(step) > before }
 	case 1:
 		_, before := s.witness.progress()
 		more := s.random.IntN(6000)
@@ -366,4 +383,12 @@ func (s *season) awaitMoment() {
 		s.requireAlive()
 	}
 	time.Sleep(s.between(0, 30))
+}
+
+// told is how often the relays that run have said something.
+func (s *season) told(text string) (times int) {
+	for _, st := range s.seats {
+		times += strings.Count(st.relay.Logs(), text)
+	}
+	return times
 }
