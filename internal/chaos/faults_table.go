@@ -52,12 +52,26 @@ func (s *season) settleBefore() {
 func dropSlot(s *season) injury {
 	s.Helper()
 	back := s.leaveSlot()
+	s.dropLeft()
+	return injury{s.between(0, 2000), func() {
+		s.Helper()
+		s.healHarassed(back)()
+		if s.again > 1 && s.retention == kept && s.random.IntN(3) == 0 { // while it may still heal
+			back = s.leaveSlot()
+			s.dropLeft()
+			s.healHarassed(back)()
+		}
+	}}
+}
+
+// dropLeft drops the slot that nobody has.
+func (s *season) dropLeft() {
+	s.Helper()
 	s.query(func(ctx context.Context, conn *pgx.Conn) error {
 		_, err := conn.Exec(ctx, `select pg_drop_replication_slot(slot_name) from pg_replication_slots where slot_name = $1`, s.slot)
 		return err
 	})
 	s.sampler.next()
-	return injury{s.between(0, 2000), s.healHarassed(back)}
 }
 
 // leaveSlot kills all relays and waits until nobody has the slot.
@@ -170,6 +184,12 @@ func (s *season) inTransaction(do func(context.Context, pgx.Tx) error) {
 // with inserts between that come past the slot.
 func makePublicationAgain(s *season) injury {
 	s.Helper()
+	passOver(s)
+	return injury{0, func() { s.harass(s.random.IntN(s.again+1), relay|postgres) }}
+}
+
+func passOver(s *season) injury {
+	s.Helper()
 	var one gap
 	s.inTransaction(func(ctx context.Context, tx pgx.Tx) (err error) {
 		var columns string
@@ -194,7 +214,7 @@ func makePublicationAgain(s *season) injury {
 		return err
 	})
 	s.gaps = append(s.gaps, one)
-	return injury{0, func() { s.harass(s.random.IntN(s.again+1), relay|postgres) }}
+	return injury{}
 }
 
 func insertLSN(ctx context.Context, tx pgx.Tx) (pglogrepl.LSN, error) {
@@ -240,17 +260,23 @@ func (s *season) count(sql string, args ...any) (n int) {
 // to the season's end.
 func retryRows(s *season) injury {
 	s.Helper()
-	s.query(func(ctx context.Context, conn *pgx.Conn) error {
-		_, err := conn.Exec(ctx, `update events set headers = null where status = 'failed' and random() < 0.9`)
-		return err
-	})
 	back := func() {}
 	if s.random.IntN(2) == 0 {
 		back = s.killRelays()
 	}
-	s.retry(0.5)
+	retrySome(s)
 	s.retry(0.9)
 	return injury{0, s.healHarassed(back)}
+}
+
+func retrySome(s *season) injury {
+	s.Helper()
+	s.query(func(ctx context.Context, conn *pgx.Conn) error {
+		_, err := conn.Exec(ctx, `update events set headers = null where status = 'failed' and random() < 0.9`)
+		return err
+	})
+	s.retry(0.5)
+	return injury{}
 }
 
 // retry asks for failed rows again, each with that probability.
@@ -340,9 +366,16 @@ func (s *season) terminateReader() bool {
 	return ended > 0
 }
 
+// withinTable are the faults of the table that strike while others of them are got
+// over.
+var withinTable = []fault{
+	{name: "publication made again", on: postgres, fits: tells, strike: passOver},
+	{name: "failed rows retried", on: postgres, strike: retrySome},
+}
+
 func (s *season) quickFault(on part) fault {
 	var fit []fault
-	for _, f := range slices.Concat(relayFaults, postgresFaults, brokerFaults, linkFaults()) {
+	for _, f := range slices.Concat(relayFaults, postgresFaults, brokerFaults, linkFaults(), withinTable) {
 		if f.on&^on == 0 && !f.slow && (f.fits == nil || f.fits(s.plan)) {
 			fit = append(fit, f)
 		}

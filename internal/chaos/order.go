@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/jackc/pglogrepl"
 )
@@ -26,7 +27,7 @@ func (w wish) key() wishKey {
 // stream looks for duplicates, phantoms, changed bodies and disorder. Only an
 // event's first message counts for the order.
 func (c *checker) stream() {
-	ranks := ranking{newest: -1}
+	ranks := ranking{order: -1}
 	for i := range c.messages {
 		m := &c.messages[i]
 		id, run, _ := strings.Cut(m.id, ":")
@@ -40,8 +41,8 @@ func (c *checker) stream() {
 			c.found.add(altered, "message %d, event %s, has another body than its row", m.sequence, m.id)
 		}
 		if first := *seen; first != nil {
-			c.found.add(duplicate, "message %d bears id %s, as message %d does (stored %s later)",
-				m.sequence, m.id, first.sequence, m.stored.Sub(first.stored))
+			c.found.add(duplicate, "message %d, stored at %s, bears id %s, as message %d does (stored %s later)",
+				m.sequence, clock(m.stored), m.id, first.sequence, m.stored.Sub(first.stored))
 			continue
 		}
 		*seen = m
@@ -64,12 +65,15 @@ func (c *checker) slotOf(at int, committed bool, key wishKey) **message {
 	return nil
 }
 
+// clock is a time as the servers' logs have it.
+func clock(t time.Time) string { return t.UTC().Format("15:04:05.000000") }
+
 // ranking is what the messages up to one were.
 type ranking struct {
-	newest   int // of the orders
-	newestID string
-	number   uint64 // of the last one from the table
-	tableID  string
+	order   int // of the newest
+	newest  *message
+	number  uint64 // of the last one from the table
+	tableID string
 }
 
 // rank looks whether a message stands where it should.
@@ -97,11 +101,12 @@ func (c *checker) rank(m *message, e *event, run string, ranks *ranking) {
 	switch {
 	case told && c.endOf(commit) != end:
 		c.found.add(disorder, "message %d, event %s, says position %s, and its transaction ends at %s", m.sequence, m.id, m.position, end)
-	case order < ranks.newest:
-		c.found.add(disorder, "message %d, event %s, was committed before event %s, which stands before it", m.sequence, m.id, ranks.newestID)
+	case order < ranks.order:
+		c.found.add(disorder, "message %d, stored at %s, event %s, was committed before event %s, which stands before it as message %d, stored at %s",
+			m.sequence, clock(m.stored), m.id, ranks.newest.id, ranks.newest.sequence, clock(ranks.newest.stored))
 	}
-	if order > ranks.newest {
-		ranks.newest, ranks.newestID = order, m.id
+	if order > ranks.order {
+		ranks.order, ranks.newest = order, m
 	}
 }
 

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"sync"
 	"time"
@@ -76,10 +77,13 @@ func (s *sampler) session(ctx context.Context) {
 	}
 }
 
-// look takes a sample. The phase is read last: when a backfill has ended by then,
+// look takes a sample, where there is a slot. The phase is read last: when a backfill has ended by then,
 // all of it is stored.
 func (s *sampler) look(ctx context.Context, conn *pgx.Conn) error {
 	confirmed, err := confirmedLSN(ctx, conn, s.slot)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
