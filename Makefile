@@ -10,7 +10,7 @@ INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication .
 # Tests of these that take long and whose outcome does not.
 SAME = ^(TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest)$$
 
-.PHONY: test test-versions chaos lint bench build demo
+.PHONY: test test-versions chaos lint bench bench-quick build demo
 
 ## test: all tests with the race detector, in a few minutes
 test:
@@ -36,9 +36,14 @@ lint:
 	$(GO) run $(STATICCHECK) ./...
 	cd examples && $(GO) vet ./... && $(GO) run $(STATICCHECK) ./...
 
-## bench: the relay beside pg_recvlogical, on the same backlog
+## bench: throughput beside the limits, latency and idling, in half an hour;
+## BENCH has more flags: BENCH="-json bench.json -svg bench.svg"
 bench:
-	$(GO) run ./internal/bench
+	$(GO) run ./internal/bench $(BENCH)
+
+## bench-quick: the same, smaller and once, in two minutes
+bench-quick:
+	$(GO) run ./internal/bench -quick $(BENCH)
 
 ## demo: the main job on a throw-away Postgres and NATS
 demo:

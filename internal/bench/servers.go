@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
@@ -20,17 +21,17 @@ import (
 	"outbox-relay/internal/pgserver/child"
 )
 
-const natsVersion = server.VERSION
+const (
+	natsVersion = server.VERSION
+	template    = "outbox" // a migrated database, of which each measurement gets a copy
+)
 
-// servers are the real processes of a run, and the programs built for it.
+// servers are Postgres, and the programs built for a run.
 type servers struct {
-	dir      string
-	postgres *pgserver.Cluster
-	sql      *pgx.Conn
-	nats     *child.Process
-	natsURL  string
-	js       jetstream.JetStream
-	nc       *nats.Conn
+	dir       string
+	postgres  *pgserver.Cluster
+	sql       *pgx.Conn // of the database postgres
+	databases int
 }
 
 func newServers(ctx context.Context) (*servers, error) {
@@ -44,20 +45,10 @@ func newServers(ctx context.Context) (*servers, error) {
 			return s, err
 		}
 	}
-	if err := s.startPostgres(ctx); err != nil {
-		return s, err
-	}
-	return s, s.startNATS(ctx)
+	return s, s.startPostgres(ctx)
 }
 
 func (s *servers) close() error {
-	if s.nc != nil {
-		s.nc.Close()
-	}
-	if s.nats != nil {
-		_ = s.nats.Signal(syscall.SIGTERM) // it may have ended
-		<-s.nats.Done()
-	}
 	var err error
 	if s.postgres != nil {
 		err = s.postgres.Close()
@@ -84,29 +75,117 @@ func (s *servers) startPostgres(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.sql, err = pgx.Connect(ctx, s.postgres.URL("postgres"))
-	return err
+	if s.sql, err = pgx.Connect(ctx, s.postgres.URL("postgres")); err != nil {
+		return err
+	}
+	if _, err := s.sql.Exec(ctx, `create database `+template); err != nil {
+		return err
+	}
+	migrate := exec.CommandContext(ctx, s.path("relay"), "migrate")
+	migrate.Env = []string{"OUTBOX_POSTGRES_URL=" + s.postgres.URL(template)}
+	if out, err := migrate.CombinedOutput(); err != nil {
+		return fmt.Errorf("migrate: %w\n%s", err, out)
+	}
+	return nil
 }
 
-func (s *servers) startNATS(ctx context.Context) error {
-	port, err := pgserver.FreePort()
+// broker is one nats-server process, or a cluster of them.
+type broker struct {
+	nodes []*child.Process
+	urls  []string
+	dir   string
+	nc    *nats.Conn
+	js    jetstream.JetStream
+}
+
+// startBroker starts n servers with an empty store, on files.
+func (s *servers) startBroker(ctx context.Context, n int) (*broker, error) {
+	b := &broker{dir: s.path("nats")}
+	err := b.launch(s.path("nats-server"), n)
+	if err == nil {
+		err = b.connect(ctx)
+	}
 	if err != nil {
-		return err
+		return nil, errors.Join(err, b.close())
 	}
-	s.natsURL = fmt.Sprintf("nats://127.0.0.1:%d", port)
-	cmd := exec.Command(s.path("nats-server"), "-a", "127.0.0.1", "-p", fmt.Sprint(port), "-js", "-sd", s.path("nats"))
-	if s.nats, err = child.Start(cmd, syscall.SIGKILL); err != nil {
-		return err
+	return b, nil
+}
+
+func (b *broker) launch(program string, n int) error {
+	var routes []string
+	for range n {
+		port, err := pgserver.FreePort()
+		if err != nil {
+			return err
+		}
+		routes = append(routes, fmt.Sprintf("nats://127.0.0.1:%d", port))
 	}
-	err = await(ctx, "NATS to accept connections", time.Millisecond, func() (bool, error) {
-		s.nc, err = nats.Connect(s.natsURL)
+	for i := range n {
+		port, err := pgserver.FreePort()
+		if err != nil {
+			return err
+		}
+		name := fmt.Sprintf("node%d", i+1)
+		cmd := exec.Command(program, "-n", name, "-a", "127.0.0.1", "-p", fmt.Sprint(port), "-js", "-sd", filepath.Join(b.dir, name))
+		if n > 1 {
+			cmd.Args = append(cmd.Args, "--cluster_name", "bench", "--no_advertise", "--cluster", routes[i], "--routes", strings.Join(routes, ","))
+		}
+		node, err := child.Start(cmd, syscall.SIGKILL)
+		if err != nil {
+			return err
+		}
+		b.nodes = append(b.nodes, node)
+		b.urls = append(b.urls, fmt.Sprintf("nats://127.0.0.1:%d", port))
+	}
+	return nil
+}
+
+// connect waits until streams can be made.
+func (b *broker) connect(ctx context.Context) error {
+	err := await(ctx, "NATS to accept connections", 5*time.Millisecond, func() (bool, error) {
+		var err error
+		b.nc, err = nats.Connect(b.url())
 		return err == nil, nil
 	})
 	if err != nil {
 		return err
 	}
-	s.js, err = jetstream.New(s.nc)
-	return err
+	if b.js, err = jetstream.New(b.nc); err != nil {
+		return err
+	}
+	return await(ctx, "JetStream", 20*time.Millisecond, func() (bool, error) {
+		config := jetstream.StreamConfig{Name: "READY", Subjects: []string{"ready"}, Replicas: len(b.nodes)}
+		if _, err := b.js.CreateStream(ctx, config); err != nil {
+			return false, nil // it has no leader yet, or not all nodes
+		}
+		return true, b.js.DeleteStream(ctx, config.Name)
+	})
+}
+
+func (b *broker) url() string { return strings.Join(b.urls, ",") }
+
+// cpu is what all nodes have used.
+func (b *broker) cpu() (time.Duration, error) {
+	var sum time.Duration
+	for _, node := range b.nodes {
+		used, err := cpuTime(node.Pid())
+		if err != nil {
+			return 0, err
+		}
+		sum += used
+	}
+	return sum, nil
+}
+
+func (b *broker) close() error {
+	if b.nc != nil {
+		b.nc.Close()
+	}
+	for _, node := range b.nodes {
+		_ = node.Signal(syscall.SIGTERM) // it may have ended
+		<-node.Done()
+	}
+	return os.RemoveAll(b.dir)
 }
 
 // await asks again and again until done.

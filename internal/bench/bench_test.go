@@ -1,0 +1,129 @@
+package main
+
+import (
+	"encoding/xml"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Every workload but the first differs from the base by one factor, and is whole.
+func TestWorkloads(t *testing.T) {
+	names := map[string]bool{}
+	for i, w := range workloads() {
+		if names[w.Name] {
+			t.Errorf("%s is there twice", w.Name)
+		}
+		names[w.Name] = true
+		if n := factors(w); n != min(i, 1) {
+			t.Errorf("%s differs from the base by %d factors", w.Name, n)
+		}
+		for _, size := range []Workload{w, w.smaller()} {
+			if size.Events == 0 || size.Events%size.PerTransaction != 0 {
+				t.Errorf("%s: %d events are no multiple of %d a transaction", w.Name, size.Events, size.PerTransaction)
+			}
+		}
+	}
+}
+
+func factors(w Workload) (n int) {
+	for _, differs := range []bool{
+		w.PerTransaction != base.PerTransaction, w.Payload != base.Payload, w.AfterPublish != base.AfterPublish,
+		w.Headers != base.Headers, w.Replicas != base.Replicas,
+	} {
+		if differs {
+			n++
+		}
+	}
+	return n
+}
+
+func TestOnly(t *testing.T) {
+	if p := newPlan(false, 0, "mark"); len(p.workloads) != 1 || len(p.paces) != 1 || p.idle != 0 {
+		t.Errorf("got %+v", p)
+	}
+	if p := newPlan(true, 3, ""); len(p.workloads) != len(workloads()) || len(p.paces) != len(paces) || p.idle == 0 || p.rounds != 3 {
+		t.Errorf("got %+v", p)
+	}
+}
+
+func TestSpread(t *testing.T) {
+	for text, rounds := range map[string][]float64{"2": {2}, "2 (1-9)": {9, 1, 2}, "3 (1-9)": {9, 4, 1, 2}} {
+		if got := over(rounds, func(v float64) float64 { return v }).show(0); got != text {
+			t.Errorf("%v: got %s, want %s", rounds, got, text)
+		}
+	}
+}
+
+// What was stored is shown again: as tables, and as a picture with a bar for each
+// workload.
+func TestStoredReport(t *testing.T) {
+	picture := filepath.Join(t.TempDir(), "picture.svg")
+	var out strings.Builder
+	if err := run(t.Context(), []string{"-from", "testdata/report.json", "-svg", picture}, &out); err != nil {
+		t.Fatal(err)
+	}
+	svg, err := os.ReadFile(picture)
+	if err != nil {
+		t.Fatal(err)
+	}
+	requireXML(t, string(svg))
+	for _, w := range workloads() {
+		if !strings.Contains(string(svg), ">"+w.Name+"<") {
+			t.Errorf("the picture lacks %s", w.Name)
+		}
+		if !strings.Contains(out.String(), "\n"+w.Name+" ") {
+			t.Errorf("the table lacks %s", w.Name)
+		}
+	}
+	for _, pace := range paces {
+		if !strings.Contains(out.String(), "\n"+pace.Name+" ") {
+			t.Errorf("the table lacks %s", pace.Name)
+		}
+	}
+}
+
+func requireXML(t *testing.T, text string) {
+	t.Helper()
+	for decoder := xml.NewDecoder(strings.NewReader(text)); ; {
+		_, err := decoder.Token()
+		if errors.Is(err, io.EOF) {
+			return
+		}
+		if err != nil {
+			t.Fatalf("the picture is no XML: %v", err)
+		}
+	}
+}
+
+// A report of a run that ended before its first round has nothing to show, which
+// is no fault.
+func TestEmptyReport(t *testing.T) {
+	r := newPlan(true, 1, "").report()
+	if err := r.show(io.Discard); err != nil {
+		t.Error(err)
+	}
+	requireXML(t, r.picture())
+}
+
+func TestTraffic(t *testing.T) {
+	traffic := paced(1000, time.Second)
+	if len(traffic.inserts) != 1000 || traffic.interval != time.Millisecond {
+		t.Errorf("%d inserts, one every %s", len(traffic.inserts), traffic.interval)
+	}
+	traffic.begin = time.Unix(0, 0)
+	for i := range traffic.inserts {
+		sent := traffic.begin.Add(time.Duration(i) * traffic.interval)
+		traffic.inserts[i] = insert{sent: sent, committed: sent.Add(time.Millisecond), arrived: sent.Add(time.Duration(i+1) * time.Millisecond)}
+	}
+	traffic.inserted.Store(1000)
+	got := traffic.summary()
+	want := LatencyRun{Rate: 1000 / 1.999, P50: 500, P99: 990, P999: 999, Commit: 1, CommitP99: 1}
+	if got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
