@@ -277,6 +277,7 @@ type seat struct {
 	nats     []*testenv.Proxy
 	env      map[string]string
 	relay    *testenv.Relay
+	ended    []*testenv.Relay
 }
 
 func (s *season) newSeat() *seat {
@@ -313,6 +314,9 @@ func (s *season) newSeat() *seat {
 func (st *seat) start() {
 	st.season.Helper()
 	started := testenv.StartProgram(st.season.T, st.season.program, st.env)
+	if st.relay != nil {
+		st.ended = append(st.ended, st.relay)
+	}
 	st.relay = started
 	st.season.Cleanup(func() {
 		if st.season.Failed() && started.Running() {

@@ -2,6 +2,7 @@ package chaos
 
 import (
 	"context"
+	"strings"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -23,6 +24,7 @@ func (s *season) finish() (events int, found findings) {
 	s.retryAll()
 	s.stopRelays()
 	s.awaitWitness()
+	s.requireNoStrangers()
 	s.sampleOnce()
 	h := history{after: s.after, samples: s.sampler.all(), begins: s.sampler.begins(), gaps: s.gaps}
 	var faults []string
@@ -45,6 +47,21 @@ func (s *season) finish() (events int, found findings) {
 		s.Errorf("the slot is confirmed up to %s after a clean stop, and the last commit ends at %s", confirmed, last)
 	}
 	return len(h.events), check(h)
+}
+
+// requireNoStrangers fails the test where a relay takes messages for those of
+// others: there are none.
+func (s *season) requireNoStrangers() {
+	s.Helper()
+	for _, st := range s.seats {
+		for _, r := range append(st.ended, st.relay) {
+			for line := range strings.Lines(r.Logs()) {
+				if strings.Contains(line, "not this relay's") {
+					s.Errorf("nobody but relays publishes, and one says: %s", line)
+				}
+			}
+		}
+	}
 }
 
 // sampleOnce makes sure that the last slot was looked at.
