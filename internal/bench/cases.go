@@ -17,7 +17,7 @@ type Workload struct {
 	AfterPublish   string // OUTBOX_AFTER_PUBLISH
 	Headers        string // OUTBOX_HEADERS
 	Replicas       int    // of the stream; as many NATS servers run
-	Once           bool   // too large to be read in every round
+	Once           bool   // so large that only the last round has it
 }
 
 // base is what every other workload differs from by one factor.

@@ -42,7 +42,7 @@ func (d *database) readByRecvlogical(ctx context.Context, w Workload, end string
 	}
 	var size int64
 	var first, last time.Time
-	err = await(ctx, "pg_recvlogical", time.Millisecond, func() (bool, error) {
+	err = await(ctx, "pg_recvlogical", 2*time.Millisecond, func() (bool, error) {
 		if info, err := os.Stat(file); err == nil && info.Size() > size {
 			size, last = info.Size(), time.Now()
 			if first.IsZero() {

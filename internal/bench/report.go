@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"slices"
+	"strings"
 	"text/tabwriter"
 )
 
@@ -101,20 +102,26 @@ func (t Throughput) raw() spread {
 	return over(t.Rounds, func(r Round) float64 { return r.Raw / r.Recvlogical })
 }
 
-// show prints what there is, as tables.
+// show prints what there is, as tables of Markdown.
 func (r Report) show(out io.Writer) error {
 	fmt.Fprintf(out, "Postgres %d, NATS %s, %s, %d CPUs, load averages at the start %s. Median (least-greatest) of all rounds;\n"+
 		"base: %d a transaction, %d B, %s, %s, R%d.\n\n", r.Postgres, r.NATS, r.Go, r.CPUs, r.Load,
 		base.PerTransaction, base.Payload, base.AfterPublish, base.Headers, base.Replicas)
-	table := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	table := tabwriter.NewWriter(out, 0, 0, 1, ' ', tabwriter.Debug)
 	r.showThroughput(table)
 	r.showLatency(table)
 	r.showIdle(table)
 	return table.Flush()
 }
 
+func header(table io.Writer, columns ...string) {
+	fmt.Fprintln(table, strings.Join(columns, "\t"))
+	fmt.Fprintln(table, strings.Repeat("---\t", len(columns)-1)+"---")
+}
+
 func (r Report) showThroughput(table io.Writer) {
-	fmt.Fprintln(table, "\tevents\trelay, events/s\tto pg_recvlogical\tpg_recvlogical/s\tbest reader, ratio\twithout Postgres, ratio\trelay CPU us\tNATS us\twalsender us\tMiB\trounds")
+	header(table, "workload", "events", "relay, events/s", "ratio to pg_recvlogical", "pg_recvlogical, events/s",
+		"best reader, ratio", "without Postgres, ratio", "relay, CPU us an event", "NATS", "walsender", "relay, MiB", "rounds")
 	for _, t := range r.Throughput {
 		if len(t.Rounds) == 0 {
 			continue
@@ -136,7 +143,8 @@ func (r Report) showThroughput(table io.Writer) {
 }
 
 func (r Report) showLatency(table io.Writer) {
-	fmt.Fprintln(table, "\nsingle inserts\tinserts/s\tp50 ms\tp99 ms\tp99.9 ms\tcommit p50 ms\tcommit p99 ms")
+	fmt.Fprintln(table)
+	header(table, "latency, single inserts", "inserts/s", "p50 ms", "p99 ms", "p99.9 ms", "commit p50 ms", "commit p99 ms")
 	for _, l := range r.Latency {
 		if len(l.Runs) == 0 {
 			continue

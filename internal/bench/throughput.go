@@ -13,7 +13,7 @@ func (s *servers) throughput(ctx context.Context, p plan, r *Report, progress io
 	for i := range p.rounds {
 		for j := range r.Throughput {
 			t := &r.Throughput[j]
-			if i > 0 && t.Workload.Once {
+			if t.Workload.Once && i < p.rounds-1 {
 				continue
 			}
 			round, err := s.round(ctx, t.Workload, i)
