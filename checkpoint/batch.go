@@ -42,16 +42,16 @@ type BatchStep struct {
 	Last   bool // all are then
 }
 
-// Announce records the batch, in the place of one that is done.
+// Announce records the batch, in the place of one that is done. No older checkpoint
+// is left to go back to: the slot would not give the batch again.
 func (s *Store) Announce(ctx context.Context, b TableBatch) error {
-	return s.execClaimed(ctx, "announce a batch beside the", `with announced as (
+	return s.changeClaimed(ctx, "announce a batch beside the", `format = 2`, `, announced as (
 			insert into `+s.batches+` (slot, kind, run, ids, commit_lsn, ordinal)
-			select slot, @source, nullif(@run::text, ''), @ids::text[], @commit::pg_lsn, @ordinal from `+s.table+` where slot = @slot and epoch = @epoch
+			select slot, @source, nullif(@run::text, ''), @ids::text[], @commit::pg_lsn, @ordinal from changed
 			on conflict (slot) do update set kind = excluded.kind, run = excluded.run, ids = excluded.ids, done = 0,
-				commit_lsn = excluded.commit_lsn, ordinal = excluded.ordinal, recorded_at = now())
-		update `+s.table+` set format = 2 where slot = @slot and epoch = @epoch`,
-		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "source": string(b.Source), "run": b.Run, "ids": b.IDs,
-			"commit": b.End.Commit.String(), "ordinal": b.End.Ordinal})
+				commit_lsn = excluded.commit_lsn, ordinal = excluded.ordinal, recorded_at = now()),
+		older as (delete from `+s.history+` h using changed where h.slot = changed.slot)`,
+		pgx.NamedArgs{"source": string(b.Source), "run": b.Run, "ids": b.IDs, "commit": b.End.Commit.String(), "ordinal": b.End.Ordinal})
 }
 
 // Batch reads the last batch; empty: there is none.

@@ -2,7 +2,6 @@ package checkpoint
 
 import (
 	"context"
-	"fmt"
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
@@ -14,14 +13,14 @@ import (
 const keptApart = 16
 
 // keeping is the part of an advance that keeps it as an older checkpoint, once
-// in a while, and forgets those that are too old to go back to.
+// in a while, where a message, or none, tells whether the stream bears it out, and forgets those that are too old to go back to.
 func (s *Store) keeping(a Advance) string {
-	if a.Keep == 0 {
+	if a.Keep == 0 || a.Batch.Rows > 0 {
 		return ""
 	}
 	return `, kept as (
 			insert into ` + s.history + ` (slot, commit_lsn, ordinal, confirmed_lsn, stream_sequence, message_id)
-			select slot, commit_lsn, ordinal, @confirm::pg_lsn, stream_sequence, message_id from advanced where not exists (
+			select slot, commit_lsn, ordinal, @confirm::pg_lsn, stream_sequence, message_id from advanced where (message_id is not null or stream_sequence = 0) and not exists (
 				select from ` + s.history + ` where slot = @slot and recorded_at > now() - make_interval(secs => @apart::float8))
 		), forgotten as (
 			delete from ` + s.history + ` where slot = @slot and exists (select from advanced)
@@ -67,13 +66,10 @@ func (s *Store) GoBack(ctx context.Context, now *Checkpoint, e Earlier) error {
 	to.Position, to.MessageID = e.Position, e.MessageID
 	to.Bound += int(now.Sequence - e.Sequence)
 	to.Sequence = e.Sequence
-	err := s.execClaimed(ctx, "go back with the", fmt.Sprintf(`with later as (
-			delete from %[1]s where slot = @slot and stream_sequence > @sequence
-				and exists (select from %[2]s where slot = @slot and epoch = @epoch))
-		update %[2]s set commit_lsn = @commit::pg_lsn, ordinal = @ordinal, stream_sequence = @sequence,
-			message_id = nullif(@message::text, ''), unrecorded_bound = @bound, updated_at = now()
-		where slot = @slot and epoch = @epoch`, s.history, s.table),
-		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": to.Position.Commit.String(), "ordinal": to.Position.Ordinal,
+	err := s.changeClaimed(ctx, "go back with the", `commit_lsn = @commit::pg_lsn, ordinal = @ordinal, stream_sequence = @sequence,
+			message_id = nullif(@message::text, ''), unrecorded_bound = @bound, updated_at = now()`,
+		`, later as (delete from `+s.history+` h using changed where h.slot = changed.slot and h.stream_sequence > @sequence)`,
+		pgx.NamedArgs{"commit": to.Position.Commit.String(), "ordinal": to.Position.Ordinal,
 			"sequence": to.Sequence, "message": to.MessageID, "bound": to.Bound})
 	if err == nil {
 		*now = to

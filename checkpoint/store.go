@@ -55,7 +55,6 @@ type Checkpoint struct {
 	Bound         int       // how many events may be stored and not recorded; 0 after a clean stop
 	Foreign       bool      // a message that is not ours was seen in the stream
 	Publication   string    // fingerprint of the publication; empty: to be taken anew
-	Before        string    // pg_snapshot, while not streaming: what it sees does not come out of the slot
 	Backfilled    int64     // rows that this backfill, or the last one, has published or parked
 }
 
@@ -88,15 +87,17 @@ func NewStore(conn *pgx.Conn, schema, slot string) *Store {
 
 const columns = `format, phase, system_identifier, timeline, commit_lsn::text, ordinal, confirmed_lsn::text,
 	stream, stream_created_at, stream_sequence, coalesce(message_id, ''), unrecorded_bound, foreign_seen,
-	coalesce(publication_state, ''), coalesce(backfill_snapshot::text, ''), backfilled`
+	coalesce(publication_state, ''), backfilled`
 
-// Create writes the row of a slot that does not exist yet. It does nothing
-// where the row is there already.
+// Create writes the row of a slot that does not exist yet, and forgets the batch
+// and the history of an earlier life. It does nothing where the row is there already.
 func (s *Store) Create(ctx context.Context, c Checkpoint) error {
-	_, err := s.exec(ctx, "create", `insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
+	_, err := s.exec(ctx, "create", `with created as (insert into `+s.table+` (slot, format, phase, system_identifier, timeline,
 			commit_lsn, ordinal, confirmed_lsn, stream, stream_created_at, stream_sequence, unrecorded_bound, publication_state)
 		values (@slot, 1, 'creating', @system, @timeline, '0/0', 0, '0/0', @stream, @created, @sequence, 0, nullif(@publication, ''))
-		on conflict (slot) do nothing`,
+		on conflict (slot) do nothing returning slot),
+		batch as (delete from `+s.batches+` b using created where b.slot = created.slot)
+		delete from `+s.history+` h using created where h.slot = created.slot`,
 		pgx.NamedArgs{"slot": s.slot, "system": c.SystemID, "timeline": c.Timeline, "stream": c.Stream, "created": c.StreamCreated,
 			"sequence": c.Sequence, "publication": c.Publication})
 	return err
@@ -122,16 +123,13 @@ func (s *Store) Claim(ctx context.Context) (Checkpoint, error) {
 // Renew puts a checkpoint whose slot is lost back to the beginning: the next slot
 // begins behind the stream's sequence, with a backfill.
 func (s *Store) Renew(ctx context.Context, c Checkpoint) error {
-	return s.execClaimed(ctx, "renew", `with unfinished as (delete from `+s.batches+` where slot = @slot and exists (
-				select from `+s.table+` where slot = @slot and epoch = @epoch)),
-			older as (delete from `+s.history+` where slot = @slot and exists (
-				select from `+s.table+` where slot = @slot and epoch = @epoch))
-		update `+s.table+` set phase = 'creating', format = 1, timeline = @timeline, commit_lsn = '0/0', ordinal = 0, confirmed_lsn = '0/0',
+	return s.changeClaimed(ctx, "renew", `phase = 'creating', format = 1, timeline = @timeline, commit_lsn = '0/0', ordinal = 0, confirmed_lsn = '0/0',
 			stream_sequence = @sequence, message_id = nullif(@message::text, ''), unrecorded_bound = 0,
 			foreign_seen = foreign_seen or @foreign, publication_state = nullif(@publication::text, ''),
-			stream_created_at = @created, backfill_snapshot = null, backfilled = 0, updated_at = now()
-		where slot = @slot and epoch = @epoch`,
-		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "timeline": c.Timeline, "created": c.StreamCreated, "sequence": c.Sequence,
+			stream_created_at = @created, backfilled = 0, updated_at = now()`,
+		`, batch as (delete from `+s.batches+` b using changed where b.slot = changed.slot),
+		older as (delete from `+s.history+` h using changed where h.slot = changed.slot)`,
+		pgx.NamedArgs{"timeline": c.Timeline, "created": c.StreamCreated, "sequence": c.Sequence,
 			"message": c.MessageID, "foreign": c.Foreign, "publication": c.Publication})
 }
 
@@ -143,20 +141,33 @@ func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
 			timeline = @timeline, commit_lsn = @commit::pg_lsn, ordinal = @ordinal, confirmed_lsn = @confirmed::pg_lsn,
 			unrecorded_bound = @bound, foreign_seen = foreign_seen or @foreign,
 			publication_state = case when publication_state is not distinct from nullif(@claimed::text, '') then @publication else publication_state end,
-			backfill_snapshot = nullif(@before::text, '')::pg_snapshot, backfilled = @backfilled,
+			backfilled = @backfilled,
 			stream_created_at = @created, updated_at = now()
 		where slot = @slot and epoch = @epoch`,
 		pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "claimed": s.claimed, "phase": string(c.Phase), "timeline": c.Timeline, "created": c.StreamCreated,
 			"commit": c.Position.Commit.String(), "ordinal": c.Position.Ordinal, "confirmed": c.Confirmed.String(),
-			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication, "before": c.Before, "backfilled": c.Backfilled})
+			"bound": c.Bound, "foreign": c.Foreign, "publication": c.Publication, "backfilled": c.Backfilled})
 }
 
 // Backfilled records that all rows which do not come out of the slot are done.
 func (s *Store) Backfilled(ctx context.Context) error {
-	return s.execClaimed(ctx, "end the backfill of the", `with done as (delete from `+s.batches+` where slot = $1 and exists (
-				select from `+s.table+` where slot = $1 and epoch = $2))
-		update `+s.table+` set phase = 'streaming', format = 1, backfill_snapshot = null, updated_at = now()
-		where slot = $1 and epoch = $2`, s.slot, s.epoch)
+	return s.changeClaimed(ctx, "end the backfill of the", `phase = 'streaming', format = 1, updated_at = now()`,
+		`, batch as (delete from `+s.batches+` b using changed where b.slot = changed.slot)`, pgx.NamedArgs{})
+}
+
+// changeClaimed changes our row under our epoch, and carries out what depends on
+// the expression "changed", which has a row only then: an epoch that goes while the
+// statement waits is seen by the update alone.
+func (s *Store) changeClaimed(ctx context.Context, verb, set, more string, args pgx.NamedArgs) error {
+	args["slot"], args["epoch"] = s.slot, s.epoch
+	s.notReplicated = false
+	var changed int
+	err := s.conn.QueryRow(ctx, `with changed as (update `+s.table+` set `+set+` where slot = @slot and epoch = @epoch returning slot)`+
+		more+` select count(*) from changed`, args).Scan(&changed)
+	if err = s.durable(err); err == nil && changed == 0 {
+		err = ErrSuperseded
+	}
+	return s.explain(verb, err)
 }
 
 // format is the expression for a row's format; phase is one for its phase.
@@ -288,7 +299,7 @@ func scan(row pgx.Row) (c Checkpoint, epoch int64, err error) {
 	var commit, confirmed string
 	var format int
 	err = row.Scan(&epoch, &format, &c.Phase, &c.SystemID, &c.Timeline, &commit, &c.Position.Ordinal, &confirmed,
-		&c.Stream, &c.StreamCreated, &c.Sequence, &c.MessageID, &c.Bound, &c.Foreign, &c.Publication, &c.Before, &c.Backfilled)
+		&c.Stream, &c.StreamCreated, &c.Sequence, &c.MessageID, &c.Bound, &c.Foreign, &c.Publication, &c.Backfilled)
 	if err != nil {
 		return c, epoch, err
 	}

@@ -7,15 +7,12 @@
 
 -- +goose StatementBegin
 alter table outbox_relay_checkpoints
-    add column if not exists backfill_snapshot pg_snapshot null,
-    add column if not exists backfilled        bigint not null default 0,
+    add column if not exists backfilled bigint not null default 0,
     drop constraint if exists outbox_relay_checkpoints_phase_check,
     add constraint outbox_relay_checkpoints_phase_check check (phase in ('creating', 'backfilling', 'streaming'));
 
 comment on column outbox_relay_checkpoints.phase is
     'creating: the slot is about to be made; backfilling: it exists, and rows from before it are published; streaming: events flow from it';
-comment on column outbox_relay_checkpoints.backfill_snapshot is
-    'while not streaming: what it sees comes from the table, the rest through the slot';
 comment on column outbox_relay_checkpoints.backfilled is
     'rows that the present or last backfill has published or parked';
 

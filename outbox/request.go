@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strconv"
+	"strings"
 )
 
 // Request asks the relay to publish rows from the table. It is the content of a
@@ -18,10 +19,11 @@ type Request struct {
 }
 
 // maxRequest is how many rows a request may name, maxRun how long a run's name
-// may be.
+// may be, and maxContent all of it: it is not unpacked before it is looked at.
 const (
 	maxRequest = 1000
 	maxRun     = 100
+	maxContent = 1 << 20
 )
 
 // RequestPrefix is the prefix of the logical messages for the table with that
@@ -40,6 +42,9 @@ func ParseRequest(content []byte) (Request, error) {
 		} `json:"retry"`
 		Replay string   `json:"replay"`
 		IDs    []string `json:"ids"`
+	}
+	if len(content) > maxContent {
+		return Request{}, fmt.Errorf("read a request: it has %d bytes: at most %d are taken", len(content), maxContent)
 	}
 	if err := json.Unmarshal(content, &body); err != nil {
 		return Request{}, fmt.Errorf("read a request: %w", err)
@@ -61,10 +66,15 @@ func (r Request) check(retries int) error {
 	case len(r.Run) > maxRun || !printable(r.Run):
 		return fmt.Errorf("read a request: the run's name %q can't stand in a header: at most %d printable ASCII characters without space", r.Run, maxRun)
 	}
+	for _, attempt := range r.Attempts {
+		if attempt < 1 { // of a row that was never retried: it is yet to come, or failed
+			return fmt.Errorf("read a request: a retry is at least the first one, not number %d", attempt)
+		}
+	}
 	seen := make(map[string]bool, len(r.IDs))
 	for _, id := range r.IDs {
-		if seen[id] || id == "" {
-			return fmt.Errorf("read a request: id %q is empty or named twice", id)
+		if seen[id] || id == "" || strings.ContainsRune(id, 0) {
+			return fmt.Errorf("read a request: id %q is empty, named twice, or no text", id)
 		}
 		seen[id] = true
 	}

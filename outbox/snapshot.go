@@ -40,6 +40,18 @@ func ParseSnapshot(text string) (Snapshot, error) {
 	return s, nil
 }
 
+// Covers reports whether it sees every transaction that another one sees. A
+// transaction that waits for its synchronous standby is seen by a slot's snapshot,
+// and by nobody else yet.
+func (s Snapshot) Covers(other Snapshot) bool {
+	for xid := range s.running {
+		if xid < other.xmin || xid < other.xmax && !other.running[xid] {
+			return false
+		}
+	}
+	return s.xmax >= other.xmax
+}
+
 // Visible reports whether the rows of a committed transaction can be seen. xid
 // has 32 bits, as in pgoutput; it is taken as the one nearest to the snapshot.
 func (s Snapshot) Visible(xid uint32) bool {

@@ -40,6 +40,9 @@ func (p *pipeline) backfill() error {
 	if err := p.settle(); err != nil {
 		return err
 	}
+	if err := p.awaitSeen(); err != nil {
+		return err
+	}
 	total, err := p.backlog.Count(p.ctx)
 	if err != nil {
 		return err
@@ -64,6 +67,30 @@ func (p *pipeline) backfill() error {
 		progress.end()
 	}
 	return err
+}
+
+// awaitSeen waits until the recorder can see every row of the backlog.
+func (p *pipeline) awaitSeen() error {
+	snapshot, err := p.backlog.Snapshot(p.ctx)
+	if err != nil {
+		return err
+	}
+	for seen := false; !seen; {
+		err := p.recorder.do(p.ctx, func(ctx context.Context) error {
+			state, err := p.table.State(ctx, p.sql)
+			seen = err == nil && state.Snapshot.Covers(snapshot)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+		if !seen {
+			if err := pause(p.ctx, 10*time.Millisecond); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 func (p *pipeline) backfillRows(list []*outbox.Row) error {

@@ -2,6 +2,10 @@ package relay
 
 import (
 	"context"
+	"errors"
+	"strings"
+
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
@@ -11,11 +15,11 @@ import (
 // commits it is one event: all before it is recorded first, and it before all
 // that follows.
 func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request) error {
-	if end.Compare(p.after) <= 0 {
-		return nil // done
-	}
 	if err := p.turn(); err != nil {
 		return err
+	}
+	if end.Compare(p.after) <= 0 {
+		return nil // done
 	}
 	if err := p.settle(); err != nil {
 		return err
@@ -25,6 +29,10 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 		rows, err = p.table.Rows(ctx, p.sql, p.layout, r.IDs)
 		return err
 	})
+	if noText(err) {
+		p.stray(err)
+		return p.pass(end, xid)
+	}
 	if err != nil {
 		return err
 	}
@@ -48,6 +56,13 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 		return err
 	}
 	return p.publishBatch(batch, rows)
+}
+
+// noText reports whether what was asked for can't be text of this database
+// (SQLSTATE class 22), and so no row's id.
+func noText(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "22")
 }
 
 func (p *pipeline) tellRequest(b checkpoint.TableBatch, leftOut int) {
@@ -119,7 +134,6 @@ func (p *pipeline) finish(b checkpoint.TableBatch) error {
 // all of it is recorded.
 func (p *pipeline) publishBatch(b checkpoint.TableBatch, rows map[string]*outbox.Row) error {
 	p.source = b.Source
-	defer func() { p.source = "" }()
 	for place := b.Done; place < len(b.IDs); place++ {
 		if place == len(b.IDs)-1 {
 			p.at = b.End
@@ -131,6 +145,7 @@ func (p *pipeline) publishBatch(b checkpoint.TableBatch, rows map[string]*outbox
 	if err := p.settle(); err != nil {
 		return err
 	}
+	p.source = "" // nothing of it is under way any more
 	p.relay.metrics.fromTable(b.Source, len(b.Left()))
 	return nil
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/jackc/pglogrepl"
+
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
@@ -26,6 +28,15 @@ var errMissed = errors.New("events may have come past the slot: they are publish
 // makes it anew.
 var errSlotLost = errors.New("the slot is lost")
 
+// unreadable is a slot behind whose confirmed LSN nothing can be read.
+type unreadable struct {
+	why       string
+	confirmed pglogrepl.LSN
+}
+
+// is reports whether the slot is this one: another relay may have made it anew.
+func (u *unreadable) is(slot replication.Slot) bool { return u != nil && slot.Confirmed == u.confirmed }
+
 // cantHeal says why the rows don't tell what was published; empty: they do.
 func (s *session) cantHeal() string {
 	switch {
@@ -42,8 +53,8 @@ func (s *session) slotLost(slot replication.Slot, noSlot error, cp checkpoint.Ch
 	switch {
 	case noSlot == nil && slot.Lost():
 		return fmt.Sprintf("slot %s is invalidated (wal_status = lost): WAL that it needs is gone", slot.Name)
-	case noSlot == nil && s.relay.unreadable.Load() != nil:
-		return *s.relay.unreadable.Load()
+	case noSlot == nil && s.relay.unreadable.Load().is(slot):
+		return s.relay.unreadable.Load().why
 	case noSlot != nil && cp.Phase != "" && cp.Phase != checkpoint.Creating:
 		return fmt.Sprintf("slot %s is gone, and its checkpoint says that it was read up to %s%s", s.table.Slot, cp.Confirmed, s.sinceTimeline(cp))
 	}
@@ -71,8 +82,8 @@ func (s *session) heal(ctx context.Context, slotExists bool, why string) error {
 		return err
 	}
 	if slotExists {
-		if _, err := s.sql.Exec(ctx, `select pg_catalog.pg_drop_replication_slot($1)`, s.table.Slot); err != nil {
-			return fmt.Errorf("drop the lost slot %s: %w", s.table.Slot, err)
+		if err := s.dropSlot(ctx); err != nil {
+			return err
 		}
 	}
 	state, err := s.table.State(ctx, s.sql)
@@ -85,6 +96,24 @@ func (s *session) heal(ctx context.Context, slotExists bool, why string) error {
 	}
 	s.relay.unreadable.Store(nil)
 	return s.createSlot(ctx)
+}
+
+// dropSlot drops the lost slot, unless another relay is at it.
+func (s *session) dropSlot(ctx context.Context) error {
+	dropped := 0
+	err := s.store.Guarded(ctx, checkpoint.Effects{
+		CTE: `, dropped as (select pg_catalog.pg_drop_replication_slot(slot_name) from pg_catalog.pg_replication_slots, advanced
+			where slot_name = @slot and not active)`,
+		Result: `, (select count(*) from dropped)`,
+		Dest:   []any{&dropped},
+	})
+	if err == nil && dropped == 0 {
+		err = replication.ErrSlotInUse
+	}
+	if err != nil {
+		return fmt.Errorf("drop the lost slot %s: %w", s.table.Slot, err)
+	}
+	return nil
 }
 
 // verifyLost holds the checkpoint of a lost slot against server and stream.
@@ -109,33 +138,42 @@ func (s *session) verifyLost(ctx context.Context, cp *checkpoint.Checkpoint) err
 const tailPart = 8192
 
 // settleTail records as published what stands in the stream behind the
-// checkpoint, and moves that, which is not recorded yet, to the stream's end.
+// checkpoint, which moves along.
 func (s *session) settleTail(ctx context.Context, cp *checkpoint.Checkpoint) error {
-	var found sink.Found
-	for after := cp.Sequence; after < s.stream.Last; after = min(after+tailPart, s.stream.Last) {
-		tail, err := s.relay.client.Tail(ctx, s.stream, after, tailPart)
+	for cp.Sequence < s.stream.Last {
+		tail, err := s.relay.client.Tail(ctx, s.stream, cp.Sequence, tailPart)
 		if err != nil {
 			return err
 		}
-		var present []sink.Stranger
-		for _, m := range tail {
-			if m.Gone && cp.Bound > 0 {
-				return s.ambiguousTail(*cp, m.Sequence)
-			}
-			if !m.Gone {
-				present = append(present, sink.Stranger{Sequence: m.Sequence, ID: m.ID})
-				cp.MessageID = m.ID
-			}
-		}
-		without, err := s.settleStrangers(ctx, present)
-		if err != nil {
+		if err := s.settlePart(ctx, cp, tail); err != nil {
 			return err
 		}
-		found.Strangers = append(found.Strangers, without...)
-		s.log.Info("looked which pending rows stand in the stream", "messages", len(tail), "published", len(present)-len(without), "last_sequence", s.stream.Last)
+		s.log.Info("looked which pending rows stand in the stream", "sequence", cp.Sequence, "last_sequence", s.stream.Last)
 	}
-	cp.Foreign = s.tellStrangers(found) || cp.Foreign
-	cp.Sequence = s.stream.Last
+	return nil
+}
+
+func (s *session) settlePart(ctx context.Context, cp *checkpoint.Checkpoint, tail []sink.Message) error {
+	var present []sink.Stranger
+	advance := checkpoint.Advance{Position: cp.Position, Sequence: min(cp.Sequence+tailPart, s.stream.Last), Confirm: cp.Confirmed}
+	for _, m := range tail {
+		if m.Gone && cp.Bound > 0 {
+			return s.ambiguousTail(*cp, m.Sequence)
+		}
+		if !m.Gone {
+			present = append(present, sink.Stranger{Sequence: m.Sequence, ID: m.ID})
+			advance.MessageID = m.ID
+		}
+	}
+	without, effects, err := s.settling(ctx, present)
+	if err != nil {
+		return err
+	}
+	if err := s.store.Advance(ctx, advance, effects); err != nil {
+		return err
+	}
+	cp.Sequence, cp.MessageID = advance.Sequence, advance.MessageID
+	cp.Foreign = s.tellStrangers(sink.Found{Strangers: without}, true) || cp.Foreign
 	return nil
 }
 
@@ -149,36 +187,43 @@ func (s *session) ambiguousTail(cp checkpoint.Checkpoint, sequence uint64) error
 // that were matched with no event of the slot, and returns the messages that have
 // no row at all.
 func (s *session) settleStrangers(ctx context.Context, messages []sink.Stranger) ([]sink.Stranger, error) {
+	if len(messages) == 0 || s.table.Mode == outbox.Keep {
+		return messages, nil
+	}
+	without, effects, err := s.settling(ctx, messages)
+	if err != nil {
+		return nil, err
+	}
+	if s.backlog != nil { // whose snapshot is from before
+		for _, m := range messages {
+			s.backlog.Known[m.ID] = true
+		}
+	}
+	return without, s.store.Guarded(ctx, effects)
+}
+
+// settling returns what records the rows of these messages as published, and the
+// messages that have none.
+func (s *session) settling(ctx context.Context, messages []sink.Stranger) (without []sink.Stranger, effects checkpoint.Effects, err error) {
 	var items []checkpoint.Item
-	var ids []string
+	ids := []string{}
 	for _, m := range messages {
 		items = append(items, checkpoint.Item{ID: []byte(m.ID), Outcome: checkpoint.Stored, Sequence: m.Sequence})
 		ids = append(ids, m.ID)
 	}
-	if len(ids) == 0 || s.table.Mode == outbox.Keep {
-		return messages, nil
-	}
 	rowless, err := s.table.WithoutRow(ctx, s.sql, ids) // before rows are deleted
 	if err != nil {
-		return nil, err
-	}
-	var recorded outbox.Recorded
-	effects, err := s.table.Outcomes(items, &recorded)
-	if err != nil {
-		return nil, err
-	}
-	if err := s.store.Guarded(ctx, effects); err != nil {
-		return nil, err
+		return nil, effects, err
 	}
 	gone := make(map[string]bool, len(rowless))
 	for _, id := range rowless {
 		gone[id] = true
 	}
-	var without []sink.Stranger
 	for _, m := range messages {
 		if gone[m.ID] {
 			without = append(without, m)
 		}
 	}
-	return without, nil
+	effects, err = s.table.Outcomes(items, &outbox.Recorded{})
+	return without, effects, err
 }

@@ -131,6 +131,9 @@ func (p *pipeline) Idle() { p.chain.Flush() }
 
 // event takes one insert.
 func (p *pipeline) event(e *outbox.Event) error {
+	if err := p.turn(); err != nil {
+		return err
+	}
 	if e.Position.Compare(p.after) <= 0 {
 		return nil // done; a crash of Postgres sets the slot back
 	}
@@ -138,9 +141,6 @@ func (p *pipeline) event(e *outbox.Event) error {
 		p.relay.metrics.ignored.Inc()
 		p.log.Warn("ignored an insert whose status is not pending", "id", string(e.ID), "status", string(e.Status), "position", e.Position.String())
 		return nil
-	}
-	if err := p.turn(); err != nil {
-		return err
 	}
 	index, err := p.tracker.Add(p.ctx, e.Position, e.XID, e.ID)
 	if err != nil {
@@ -185,9 +185,16 @@ func (p *pipeline) known(index uint64) bool {
 	if !stored {
 		return false
 	}
-	p.tracker.Stored(index, sequence, p.blurred < 0 || i < p.blurred || i == p.found.Proved-1)
+	p.tracker.Stored(index, sequence, !p.blurs(index))
 	p.relay.metrics.alreadyStored.Inc()
 	return true
+}
+
+// blurs reports whether the event is among those that overtook each other before
+// this session: the first ones that it read. The checkpoint can stop only behind
+// the last of them.
+func (p *pipeline) blurs(index uint64) bool {
+	return p.blurred >= 0 && index >= uint64(p.blurred) && index+1 < uint64(p.found.Proved)
 }
 
 // fill reads from its row what an event lacks that was written before the
@@ -273,7 +280,7 @@ func (p *pipeline) halts(ctx context.Context, e *outbox.Event) (halt bool, err e
 
 // Stored implements sink.Outcomes.
 func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, sent time.Time) {
-	p.tracker.Stored(index, sequence, stop)
+	p.tracker.Stored(index, sequence, stop && !p.blurs(index))
 	m := p.relay.metrics
 	if sent.IsZero() {
 		m.alreadyStored.Inc()

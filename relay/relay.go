@@ -57,7 +57,7 @@ type Relay struct {
 	client     *sink.Client
 	chain      atomic.Pointer[sink.Chain] // the last one
 	refused    atomic.Bool                // Postgres refuses to record outcomes
-	unreadable atomic.Pointer[string]     // why nothing more can be read from the slot
+	unreadable atomic.Pointer[unreadable] // a slot from which nothing more can be read
 }
 
 // New returns a relay; nothing runs before Run.

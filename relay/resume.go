@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -73,6 +72,11 @@ func (s *session) createSlot(ctx context.Context) error {
 	if err := s.sql.QueryRow(ctx, `select current_setting('server_version_num')::int`).Scan(&version); err != nil {
 		return fmt.Errorf("ask Postgres for its version: %w", err)
 	}
+	if s.relay.config.Backfill {
+		if err := s.openBacklog(ctx); err != nil {
+			return err
+		}
+	}
 	s.log.Info("creating the slot: this waits for every transaction that is open in the cluster", "slot", s.table.Slot)
 	telling, stop := context.WithCancel(ctx)
 	var teller sync.WaitGroup
@@ -87,7 +91,7 @@ func (s *session) createSlot(ctx context.Context) error {
 	if !s.relay.config.Backfill {
 		return s.tellPending(ctx)
 	}
-	return s.openBacklog(ctx, created.Snapshot, "", nil, "")
+	return s.backlog.Take(ctx, created.Snapshot)
 }
 
 // tellPending says that rows are left out, as OUTBOX_BACKFILL=false wants it.
@@ -99,9 +103,8 @@ func (s *session) tellPending(ctx context.Context) error {
 	return err
 }
 
-// openBacklog takes the snapshot in which the backlog is read, on a connection
-// of its own.
-func (s *session) openBacklog(ctx context.Context, exported, before string, known []string, after string) error {
+// openBacklog prepares to read the backlog, on a connection of its own.
+func (s *session) openBacklog(ctx context.Context) error {
 	config := s.sqlConfig.Copy()
 	config.RuntimeParams["application_name"] = "outbox-relay backfill"
 	config.OnNotice = nil
@@ -112,7 +115,7 @@ func (s *session) openBacklog(ctx context.Context, exported, before string, know
 	if err := s.checkSameServer(ctx, s.reading); err != nil {
 		return err
 	}
-	s.backlog, err = s.table.OpenBacklog(ctx, s.reading, s.layout, exported, before, known, after)
+	s.backlog, err = s.table.OpenBacklog(ctx, s.reading, s.layout)
 	return err
 }
 
@@ -154,16 +157,16 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 	if cp.Phase == checkpoint.Creating { // nothing was read from the slot yet
 		cp.Position = checkpoint.Position{Commit: from.reader.Confirmed()}
 		cp.Confirmed = from.reader.Confirmed()
-		cp.Phase, cp.Before = checkpoint.Backfilling, outbox.NoneBefore
-		if s.backlog != nil {
-			cp.Before = s.backlog.Before()
+		cp.Phase = checkpoint.Backfilling
+		if !s.relay.config.Backfill {
+			cp.Phase = checkpoint.Streaming
 		}
 	}
 	if s.missed != "" {
 		s.log.Warn("healing the outbox from its table", "reason", s.missed)
 		s.relay.metrics.healed.Inc()
 		if cp.Phase == checkpoint.Streaming {
-			cp.Phase, cp.Before, cp.Backfilled = checkpoint.Backfilling, outbox.NoneBefore, 0
+			cp.Phase, cp.Backfilled = checkpoint.Backfilling, 0
 		}
 	}
 	// The slot is ours: whoever had it can't have been sent anything beyond.
@@ -213,7 +216,7 @@ func (s *session) match(ctx context.Context, from *origin, end pglogrepl.LSN) er
 	if err == nil && cp.Phase == checkpoint.Backfilling {
 		from.found.Strangers, err = s.settleStrangers(ctx, from.found.Strangers)
 	}
-	cp.Foreign = s.tellStrangers(from.found) || cp.Foreign
+	cp.Foreign = s.tellStrangers(from.found, cp.Phase == checkpoint.Backfilling) || cp.Foreign
 	if err != nil {
 		return s.explainResume(ctx, *cp, err)
 	}
@@ -240,47 +243,61 @@ func (s *session) readAgain(ctx context.Context, from *origin) (err error) {
 	return err
 }
 
-// lookBack opens the backlog where there is one to publish: what was pending
-// before the slot, or what came past it. Of the rows that are not known to be part
-// of it, those are that the slot does not bring.
+// lookBack opens the backlog where there is one to publish: the pending rows that
+// the slot does not bring. Where the slot's own snapshot does not tell which these
+// are, the slot does.
 func (s *session) lookBack(ctx context.Context, from *origin) error {
 	cp := &from.checkpoint
 	switch {
 	case cp.Phase != checkpoint.Backfilling || s.backlog != nil:
 		return nil
 	case !s.relay.config.Backfill:
-		cp.Phase, cp.Before = checkpoint.Streaming, ""
-		return nil
+		return fmt.Errorf("a backfill is not finished, and OUTBOX_BACKFILL is false: set it to true, or, to leave its rows as they are, UPDATE %s.outbox_relay_checkpoints SET phase = 'streaming' WHERE slot = '%s'",
+			s.table.Schema, s.table.Slot)
 	}
-	after := ""
-	if ids := from.batch.IDs; s.table.Mode == outbox.Keep && from.batch.Source == checkpoint.Backfill && len(ids) > 0 {
-		after = ids[len(ids)-1] // the rows don't tell
-	}
-	if err := s.openBacklog(ctx, "", cp.Before, from.batch.Left(), after); err != nil {
+	if err := s.openBacklog(ctx); err != nil {
 		return err
 	}
-	doubtful, err := s.backlog.Doubtful(ctx)
-	if err != nil || len(doubtful) == 0 {
+	if _, err := s.backlog.Snapshot(ctx); err != nil { // taken now: the end of WAL is past all that it sees
 		return err
 	}
-	now, err := s.table.State(ctx, s.sql) // its WALEnd is past all that the backlog's snapshot sees
+	now, err := s.table.State(ctx, s.sql)
 	if err != nil {
 		return err
 	}
-	s.log.Info("looking which pending rows come out of the slot", "rows", len(doubtful))
-	if err := s.look(ctx, from.reader, &lookahead{end: now.WALEnd, take: doubts(doubtful).take}); err != nil {
+	s.leaveOut(from.batch)
+	brought := &brought{known: s.backlog.Known, retried: s.backlog.Retried}
+	if err := s.look(ctx, from.reader, &lookahead{end: now.WALEnd, take: brought.take}); err != nil {
 		return err
 	}
-	s.backlog.Missed(slices.Collect(maps.Keys(doubtful)))
+	s.log.Info("looked which rows the slot brings", "rows", len(brought.known)+len(brought.retried), "up_to", now.WALEnd.String())
 	return s.readAgain(ctx, from)
 }
 
-// tellStrangers reports messages that are none of the slot's events, and
-// returns whether there are any. Behind a failover these are events whose
-// transactions it lost: nobody can take them back.
-func (s *session) tellStrangers(found sink.Found) bool {
+// leaveOut leaves to a batch what it has announced. With keep the rows don't tell
+// what an earlier one has published.
+func (s *session) leaveOut(b checkpoint.TableBatch) {
+	if b.Source != checkpoint.Replay {
+		for _, id := range b.Left() {
+			s.backlog.Known[id] = true
+		}
+	}
+	if s.table.Mode == outbox.Keep && b.Source == checkpoint.Backfill {
+		s.backlog.After = b.IDs[len(b.IDs)-1]
+	}
+}
+
+// tellStrangers reports messages that are none of the slot's events, nor of a row
+// where rows are published from the table, and returns whether they are others'.
+// Behind a failover these are events whose transactions it lost: nobody can take
+// them back.
+func (s *session) tellStrangers(found sink.Found, fromTable bool) bool {
 	n := len(found.Strangers) + found.Lost
 	if n == 0 {
+		return false
+	}
+	if s.left == 0 && fromTable && s.table.Mode == outbox.Delete && found.Lost == 0 && identified(found.Strangers) {
+		s.log.Info("the stream has messages without a row: their rows were deleted, by the application or since they were recorded", "messages", n)
 		return false
 	}
 	if s.left == 0 {
@@ -299,6 +316,11 @@ func (s *session) tellStrangers(found sink.Found) bool {
 			"remedy", "set synchronized_standby_slots, so that only what the standbys have is published; correct what consumers made of these")
 	}
 	return true
+}
+
+// identified reports whether all of the messages have an id.
+func identified(messages []sink.Stranger) bool {
+	return !slices.ContainsFunc(messages, func(m sink.Stranger) bool { return m.ID == "" })
 }
 
 // explainResume keeps in mind that other messages were seen, so that the next
@@ -335,7 +357,7 @@ func (s *session) explainReading(err error) error {
 		if reason := s.cantHeal(); reason != "" {
 			return fmt.Errorf("%w: %s; they stand in the table with status 'pending', and %s. Make it with `outbox-relay migrate`, then, %s", err, why, reason, s.startAnew())
 		}
-		s.relay.unreadable.Store(&why)
+		s.relay.unreadable.Store(&unreadable{why: why, confirmed: s.confirmed})
 		return fmt.Errorf("%w: %s", errSlotLost, why)
 	case errors.Is(err, decoder.ErrNoID):
 		return fmt.Errorf("%w in table %s when they were inserted, so they can't be told from others; they stand in the table with status 'pending'. "+
@@ -454,24 +476,20 @@ func (c *collector) take(kind decoder.Kind, d *decoder.Decoder) error {
 	return nil
 }
 
-// doubts are pending rows, with their retried_attempts, that may come out of the
-// slot or not.
-type doubts map[string]int
+// brought collects which rows come out of the slot: inserted, or to be tried again.
+type brought struct {
+	known   map[string]bool
+	retried map[string]int // and as what attempt
+}
 
-// take takes out what does come: inserted, or to be tried again.
-func (rows doubts) take(kind decoder.Kind, d *decoder.Decoder) error {
+func (b *brought) take(kind decoder.Kind, d *decoder.Decoder) error {
 	switch {
 	case kind == decoder.Insert && pending(&d.Event):
-		delete(rows, string(d.Event.ID))
+		b.known[string(d.Event.ID)] = true
 	case kind == decoder.Request && d.Request.Run == "":
 		for i, id := range d.Request.IDs {
-			if attempts, doubtful := rows[id]; doubtful && attempts == d.Request.Attempts[i] {
-				delete(rows, id)
-			}
+			b.retried[id] = d.Request.Attempts[i]
 		}
-	}
-	if len(rows) == 0 {
-		return errEnough
 	}
 	return nil
 }

@@ -115,11 +115,13 @@ func TestRequestsThatAreNone(t *testing.T) {
 	for _, content := range []any{
 		"", 7, []string{}, map[string]any{}, map[string]any{"retry": []row{}}, map[string]any{"replay": "", "ids": ids},
 		map[string]any{"replay": "a b", "ids": ids}, map[string]any{"replay": "a\r\nx: y", "ids": ids}, map[string]any{"replay": "twice", "ids": []string{ids[0], ids[0]}},
-		map[string]any{"replay": "many", "ids": many}, map[string]any{"retry": []row{{ids[0], 0}}, "replay": "x"},
+		map[string]any{"replay": "many", "ids": many}, map[string]any{"retry": []row{{ids[0], 1}}, "replay": "x"},
+		map[string]any{"retry": []row{{failed[0], 0}}}, map[string]any{"replay": "nul", "ids": []string{"a\x00"}},
+		map[string]any{"replay": "long", "ids": []string{strings.Repeat("x", 2<<20)}},
 	} {
 		b.ask(content)
 	}
-	b.ask(map[string]any{"retry": []row{{ids[0], 0}, {failed[0], 0}, {"event_unknown", 1}}})
+	b.ask(map[string]any{"retry": []row{{ids[0], 1}, {failed[0], 1}, {"event_unknown", 1}}})
 	b.ask(map[string]any{"replay": "unknown", "ids": []string{"event_unknown"}})
 	b.exec(`select pg_logical_emit_message(false, 'outbox_relay:' || 'events'::regclass::oid, '{"replay": "x", "ids": ["a"]}')`)
 	b.exec(`select pg_logical_emit_message(true, 'other', '{"replay": "x", "ids": ["a"]}')`)
@@ -127,8 +129,8 @@ func TestRequestsThatAreNone(t *testing.T) {
 	b.requireStatus("published", ids)
 	b.requireStream(ids)
 	b.requireStatus("failed", failed)
-	if n := strings.Count(r.Logs(), "ignored a request"); n != 11 {
-		t.Errorf("%d requests were ignored, want 11", n)
+	if n := strings.Count(r.Logs(), "ignored a request"); n != 14 {
+		t.Errorf("%d requests were ignored, want 14", n)
 	}
 	requireLeaves(t, r)
 	r = b.streaming()

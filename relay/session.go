@@ -35,15 +35,16 @@ type session struct {
 	config    *pgconn.Config  // as it was given
 	sqlConfig *pgx.ConnConfig // for the connections that are not for replication
 
-	system  replication.System
-	left    pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
-	conn    *replication.Conn
-	stream  sink.Stream
-	message sink.MessageConfig
-	backlog *outbox.Backlog // what does not come out of the slot; nil: all does
-	reading *pgx.Conn       // the backlog's
-	missed  string          // why events may have come past the slot; empty: none did
-	known   bool            // the checkpoint knows the stream: one that is gone is not ours to replace
+	system    replication.System
+	left      pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
+	conn      *replication.Conn
+	stream    sink.Stream
+	message   sink.MessageConfig
+	backlog   *outbox.Backlog // what does not come out of the slot; nil: all does
+	reading   *pgx.Conn       // the backlog's
+	confirmed pglogrepl.LSN   // of the slot, when it was started
+	missed    string          // why events may have come past the slot; empty: none did
+	known     bool            // the checkpoint knows the stream: one that is gone is not ours to replace
 }
 
 // session opens a session and runs it.
@@ -318,6 +319,7 @@ func (s *session) start(ctx context.Context) (*replication.Session, checkpoint.C
 		return nil, cp, err
 	}
 	reader.Confirm(slot.Confirmed)
+	s.confirmed = slot.Confirmed
 	err = s.verify(ctx, &cp, slot)
 	return reader, cp, err
 }

@@ -20,7 +20,7 @@ func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot re
 	if cp.Stream != s.stream.Name {
 		return s.otherStream(*cp)
 	}
-	if err := s.verifyConfirmed(*cp, slot); err != nil {
+	if err := s.verifyConfirmed(cp, slot); err != nil {
 		return err
 	}
 	if err := s.verifyIdentity(ctx, cp, slot); err != nil {
@@ -40,10 +40,11 @@ func (s *session) otherStream(cp checkpoint.Checkpoint) error {
 }
 
 // verifyConfirmed makes sure that the slot has all that is behind the checkpoint.
-func (s *session) verifyConfirmed(cp checkpoint.Checkpoint, slot replication.Slot) error {
+func (s *session) verifyConfirmed(cp *checkpoint.Checkpoint, slot replication.Slot) error {
 	if cp.Phase != checkpoint.Streaming || slot.Confirmed <= cp.Confirmed {
 		return nil
 	}
+	cp.Foreign = true // what the slot does not bring may stand in the stream, like others' messages
 	return s.miss(fmt.Sprintf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand, or copied to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it",
 		slot.Name, slot.Confirmed, cp.Confirmed), s.startAnew())
 }
@@ -234,8 +235,11 @@ func (s *session) earlier(ctx context.Context, slot replication.Slot) (*checkpoi
 		return nil, err
 	}
 	for _, e := range kept {
-		if e.Sequence > s.stream.Last || e.MessageID == "" || slot.Confirmed > e.Confirmed {
+		switch {
+		case e.Sequence > s.stream.Last || slot.Confirmed > e.Confirmed:
 			continue
+		case e.Sequence == 0:
+			return &e, nil // nothing was stored yet
 		}
 		id, err := s.relay.client.MessageID(ctx, s.stream.Name, e.Sequence)
 		switch {

@@ -363,7 +363,7 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.generation++
-	r.next = stream.Last
+	r.next = r.last // acks may have come since the stream was looked at
 	r.probing = false
 	r.broken = nil // an answer to what is sent now may break the chain again
 	r.takeLimit(stream)
