@@ -409,3 +409,33 @@ func TestCommitThatIsOnlyLocal(t *testing.T) {
 	testenv.Eventually(t, "no standby to be waited for", func() bool { return b.text(`show synchronous_standby_names`) == "" })
 	b.must(writes["advance"]()) // the warning was of the one before
 }
+
+// A batch is announced under the epoch alone, also where that goes while the
+// statement waits for it.
+func TestZombieAnnouncesNothing(t *testing.T) {
+	b := setup(t)
+	old, _ := b.relay("slot")
+	b.must(old.Create(t.Context(), first))
+	_, err := old.Claim(t.Context())
+	b.must(err)
+	young, conn := b.relay("slot")
+	_, err = conn.Exec(t.Context(), "begin")
+	b.must(err)
+	_, err = young.Claim(t.Context()) // its commit is under way
+	b.must(err)
+	done := make(chan error, 1)
+	go func() {
+		done <- old.Announce(t.Context(), checkpoint.TableBatch{Source: checkpoint.Backfill, IDs: []string{"a", "b"}})
+	}()
+	testenv.Eventually(t, "the old one to wait", func() bool {
+		return b.text(`select count(*)::text from pg_locks where not granted and database = (select oid from pg_database where datname = current_database()) or locktype = 'transactionid' and not granted`) != "0"
+	})
+	_, err = conn.Exec(t.Context(), "commit")
+	b.must(err)
+	if err := <-done; !errors.Is(err, checkpoint.ErrSuperseded) {
+		t.Errorf("the old one: %v", err)
+	}
+	if batch, err := young.Batch(t.Context()); err != nil || len(batch.IDs) != 0 {
+		t.Errorf("the young one finds %+v, %v", batch, err)
+	}
+}

@@ -1,6 +1,9 @@
 package sink
 
-import "context"
+import (
+	"context"
+	"math"
+)
 
 // Found tells which events of the slot already stand in the stream.
 type Found struct {
@@ -22,15 +25,20 @@ type Events struct {
 	Old int // of the first ones, which can be stored: the others were committed when nobody published yet
 }
 
-// Overtaken returns the place of the first event before a stored one that is
-// itself not stored, or -1.
+// Overtaken returns the place of the first event that one behind it has overtaken,
+// or -1: it is not stored yet, or at a later sequence.
 func (f Found) Overtaken() int {
-	for i := range f.Proved {
-		if _, stored := f.Stored[i]; !stored {
-			return i
+	first, least := -1, uint64(math.MaxUint64)
+	for i := f.Proved - 1; i >= 0; i-- {
+		sequence, stored := f.Stored[i]
+		if !stored || sequence > least {
+			first = i
+		}
+		if stored {
+			least = min(least, sequence)
 		}
 	}
-	return -1
+	return first
 }
 
 // Resume matches the messages after sequence with the events that follow the
