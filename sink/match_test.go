@@ -221,3 +221,23 @@ func TestAllFound(t *testing.T) {
 		}
 	}
 }
+
+func TestOvertaken(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		proved int
+		stored map[int]uint64
+		want   int
+	}{
+		{"none", 0, nil, -1},
+		{"in order", 3, map[int]uint64{0: 4, 1: 5, 2: 9}, -1},
+		{"one is missing", 3, map[int]uint64{0: 4, 2: 5}, 1},
+		{"one came later", 3, map[int]uint64{0: 4, 1: 9, 2: 5}, 1},
+		{"all but the last came later", 3, map[int]uint64{0: 6, 1: 7, 2: 5}, 0},
+		{"the first is missing", 2, map[int]uint64{1: 5}, 0},
+	} {
+		if got := (Found{Proved: c.proved, Stored: c.stored}).Overtaken(); got != c.want {
+			t.Errorf("%s: got %d, want %d", c.name, got, c.want)
+		}
+	}
+}
