@@ -7,8 +7,6 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-
-	"outbox-relay/replication"
 )
 
 const publication = "outbox_relay"
@@ -105,26 +103,4 @@ func (d *database) walsenderCPU(ctx context.Context, slot string) (time.Duration
 func (d *database) pending(ctx context.Context) (n int, err error) {
 	err = d.sql.QueryRow(ctx, `select count(*) from events where status = 'pending'`).Scan(&n)
 	return n, err
-}
-
-// session opens a replication connection that streams from the reader's slot.
-func (d *database) session(ctx context.Context, reader string) (*replication.Conn, *replication.Session, error) {
-	config, err := pgx.ParseConfig(d.url)
-	if err != nil {
-		return nil, nil, err
-	}
-	slot, err := replication.ReadSlot(ctx, d.sql, d.slot(reader))
-	if err != nil {
-		return nil, nil, err
-	}
-	conn, err := replication.Connect(ctx, &config.Config)
-	if err != nil {
-		return nil, nil, err
-	}
-	session, err := conn.Start(ctx, slot.Name, publication, slot.Confirmed)
-	if err != nil {
-		conn.Close()
-		return nil, nil, err
-	}
-	return conn, session, nil
 }

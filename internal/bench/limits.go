@@ -79,47 +79,6 @@ func (s *servers) recvlogical() (string, error) {
 	return slices.Max(found), nil
 }
 
-// readAndDiscard measures the relay's own reading, which lets bytes pile up
-// between reads, from the first event to the last. Nothing is done with them.
-func (d *database) readAndDiscard(ctx context.Context, w Workload) (float64, error) {
-	conn, session, err := d.session(ctx, "discard")
-	if err != nil {
-		return 0, err
-	}
-	defer conn.Close()
-	handler := &discarding{left: w.Events}
-	if err := session.Run(ctx, handler); !errors.Is(err, errAllRead) {
-		return 0, err
-	}
-	return w.rate(handler.last.Sub(handler.first)), nil
-}
-
-var errAllRead = errors.New("all is read")
-
-// discarding is a replication.Handler that counts inserts.
-type discarding struct {
-	left        int
-	first, last time.Time
-}
-
-func (d *discarding) Data(_ pglogrepl.LSN, data []byte) error {
-	if data[0] != 'I' {
-		return nil
-	}
-	if d.first.IsZero() {
-		d.first = time.Now()
-	}
-	if d.left--; d.left > 0 {
-		return nil
-	}
-	d.last = time.Now()
-	return errAllRead
-}
-
-func (d *discarding) Keepalive(pglogrepl.LSN, bool) error { return nil }
-func (d *discarding) Notice(string)                       {}
-func (d *discarding) Idle()                               {}
-
 // rawEvents bounds what is published without Postgres: its rate does not depend on
 // how much it is.
 const rawEvents = 300_000
