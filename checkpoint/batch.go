@@ -78,7 +78,7 @@ func (s *Store) stepping(step BatchStep) string {
 	case step.Rows > 0 && step.Source == Backfill:
 		return `, backfilled = backfilled + @rows::int`
 	case step.Rows > 0 && step.Last:
-		return `, format = 1`
+		return `, format = case phase when 'streaming' then 1 else 2 end`
 	}
 	return ""
 }
