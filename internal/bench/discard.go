@@ -5,7 +5,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"net"
 	"syscall"
 	"time"
 
@@ -18,12 +17,13 @@ import (
 // waits makes the walsender wake it for every message, which halves the walsender.
 const (
 	pileUp  = 400 * time.Microsecond
-	room    = 4 << 20 // bytes of the socket's buffer, as far as the system grants them
 	oneRead = 1 << 20 // bytes
 )
 
 // pilingUp waits before each read. Go's own timers would wait a millisecond in a
-// process that does nothing else: nanosleep is exact.
+// process that does nothing else, nanosleep is exact; and a millisecond is too long
+// (tried: 238,000 events/s with 0.4 ms, 106,000 with 1 ms, 155,000 without a pause).
+// So is a receive buffer of a fixed size: it brought 94,000.
 type pilingUp struct{ io.Reader }
 
 func (p pilingUp) Read(b []byte) (int, error) {
@@ -86,13 +86,6 @@ func (d *database) connectPiling(ctx context.Context) (*pgconn.PgConn, error) {
 	}
 	config.RuntimeParams["replication"] = "database"
 	config.RuntimeParams["wal_sender_timeout"] = "0"
-	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
-		if tcp, ok := conn.(*net.TCPConn); ok {
-			err = tcp.SetReadBuffer(room)
-		}
-		return conn, err
-	}
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 		return pgproto3.NewFrontend(bufio.NewReaderSize(pilingUp{r}, oneRead), w)
 	}
