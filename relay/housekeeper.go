@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -14,7 +13,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"outbox-relay/outbox"
-	"outbox-relay/replication"
 )
 
 // Housekeeping is what the relay does to the table beside publishing. The zero
@@ -171,29 +169,11 @@ func (h *housekeeper) connect(ctx context.Context) error {
 	if h.conn != nil {
 		return nil
 	}
-	url, err := h.relay.config.Postgres()
+	config, err := h.relay.sqlConfig("outbox-relay housekeeper")
 	if err != nil {
 		return err
 	}
-	config, err := pgx.ParseConfig(url)
-	if err != nil {
-		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
-	}
-	for name, value := range map[string]string{
-		"application_name":              "outbox-relay housekeeper",
-		"lock_timeout":                  "1s",
-		"statement_timeout":             "0",
-		"idle_session_timeout":          "0",
-		"default_transaction_isolation": "read committed",
-		"synchronous_commit":            "on",
-		"client_encoding":               "UTF8",
-		"TimeZone":                      "UTC",
-		"DateStyle":                     "ISO, MDY",
-		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
-	} {
-		config.RuntimeParams[name] = value
-	}
-	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
+	config.RuntimeParams["lock_timeout"] = "1s"
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		if notice.Message != h.notice { // what is in use for long is told once
 			h.notice = notice.Message

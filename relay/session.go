@@ -1,7 +1,6 @@
 package relay
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,11 +28,9 @@ type session struct {
 	table outbox.Table
 	log   *slog.Logger
 
-	sql       *pgx.Conn // the recorder's once it runs
-	store     *checkpoint.Store
-	layout    outbox.Layout
-	config    *pgconn.Config  // as it was given
-	sqlConfig *pgx.ConnConfig // for the connections that are not for replication
+	sql    *pgx.Conn // the recorder's once it runs
+	store  *checkpoint.Store
+	layout outbox.Layout
 
 	system    replication.System
 	left      pglogrepl.LSN // where the checkpoint's timeline was left; 0: it is the server's
@@ -153,29 +150,10 @@ var errSlotFree = errors.New("the slot is free")
 const standbyPause = 500 * time.Millisecond
 
 func (s *session) connectSQL(ctx context.Context) error {
-	url, err := s.relay.config.Postgres()
+	config, err := s.relay.sqlConfig("outbox-relay recorder")
 	if err != nil {
 		return err
 	}
-	config, err := pgx.ParseConfig(url)
-	if err != nil {
-		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
-	}
-	s.config = config.Config.Copy()
-	for name, value := range map[string]string{
-		"application_name":              "outbox-relay recorder",
-		"lock_timeout":                  "0",
-		"statement_timeout":             "0",
-		"idle_session_timeout":          "0",
-		"default_transaction_isolation": "read committed",
-		"synchronous_commit":            "on",
-		"TimeZone":                      "UTC",
-		"DateStyle":                     "ISO, MDY",
-		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
-	} {
-		config.RuntimeParams[name] = value
-	}
-	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		// "The transaction has already committed locally, but might not have
 		// been replicated to the standby." (syncrep.c) Triggers raise warnings
@@ -187,27 +165,8 @@ func (s *session) connectSQL(ctx context.Context) error {
 	if s.sql, err = pgx.ConnectConfig(ctx, config); err != nil {
 		return explainConnect(err)
 	}
-	s.sqlConfig = config
 	s.store = checkpoint.NewStore(s.sql, s.table.Schema, s.table.Slot)
 	return s.checkServer(ctx)
-}
-
-// explainConnect adds what to do where it isn't plain.
-func explainConnect(err error) error {
-	var pgErr *pgconn.PgError
-	switch {
-	case wrongPassword(err):
-		return fmt.Errorf("connect to Postgres: %w: check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf", err)
-	case wrongCertificate(err):
-		return fmt.Errorf("connect to Postgres: %w: check sslmode, sslrootcert and the host in OUTBOX_POSTGRES_URL", err)
-	case errors.As(err, &pgErr) && pgErr.Code == "08P01":
-		return fmt.Errorf("connect to Postgres: %w: is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself", err)
-	case errors.As(err, &pgErr) && pgErr.Code == "3D000":
-		return fmt.Errorf("connect to Postgres: %w: create the database, or correct OUTBOX_POSTGRES_URL", err)
-	case pgErr == nil:
-		return fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
-	}
-	return fmt.Errorf("connect to Postgres: %w", err)
 }
 
 func (s *session) checkServer(ctx context.Context) error {
@@ -230,7 +189,11 @@ func (s *session) checkServer(ctx context.Context) error {
 }
 
 func (s *session) connectReplication(ctx context.Context) error {
-	conn, err := replication.Connect(ctx, s.config)
+	config, err := s.relay.postgres()
+	if err != nil {
+		return err
+	}
+	conn, err := replication.Connect(ctx, &config.Config)
 	if err != nil {
 		return explainConnect(err)
 	}

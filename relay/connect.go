@@ -1,0 +1,69 @@
+package relay
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"outbox-relay/replication"
+)
+
+// postgres returns where Postgres is: asked anew for each connection, since a
+// password can be rotated.
+func (r *Relay) postgres() (*pgx.ConnConfig, error) {
+	url, err := r.config.Postgres()
+	if err != nil {
+		return nil, err
+	}
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+	}
+	return config, nil
+}
+
+// sqlConfig is that of a connection for SQL, pinned to what the relay expects,
+// whatever the defaults of role and database are.
+func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
+	config, err := r.postgres()
+	if err != nil {
+		return nil, err
+	}
+	for name, value := range map[string]string{
+		"application_name":              application,
+		"lock_timeout":                  "0",
+		"statement_timeout":             "0",
+		"idle_session_timeout":          "0",
+		"default_transaction_isolation": "read committed",
+		"synchronous_commit":            "on",
+		"client_encoding":               "UTF8",
+		"TimeZone":                      "UTC",
+		"DateStyle":                     "ISO, MDY",
+		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+	} {
+		config.RuntimeParams[name] = value
+	}
+	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
+	return config, nil
+}
+
+// explainConnect adds what to do where it isn't plain.
+func explainConnect(err error) error {
+	var pgErr *pgconn.PgError
+	switch {
+	case wrongPassword(err):
+		return fmt.Errorf("connect to Postgres: %w: check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf", err)
+	case wrongCertificate(err):
+		return fmt.Errorf("connect to Postgres: %w: check sslmode, sslrootcert and the host in OUTBOX_POSTGRES_URL", err)
+	case errors.As(err, &pgErr) && pgErr.Code == "08P01":
+		return fmt.Errorf("connect to Postgres: %w: is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself", err)
+	case errors.As(err, &pgErr) && pgErr.Code == "3D000":
+		return fmt.Errorf("connect to Postgres: %w: create the database, or correct OUTBOX_POSTGRES_URL", err)
+	case pgErr == nil:
+		return fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
+	}
+	return fmt.Errorf("connect to Postgres: %w", err)
+}

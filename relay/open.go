@@ -1,0 +1,136 @@
+package relay
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/checkpoint"
+	"outbox-relay/replication"
+)
+
+// openSlot makes sure that slot and checkpoint belong together, and makes both
+// on the first run. A slot that is lost is made anew, with what it has lost from
+// the table. Whatever else it finds, somebody has restored or replaced something:
+// it says what, and never guesses.
+func (s *session) openSlot(ctx context.Context) error {
+	name := s.table.Slot
+	// Another relay may be at its first run, which writes the checkpoint, makes the
+	// slot, and only then streams. So whoever streams by this checkpoint has a slot
+	// by now, and where there is a slot there is a checkpoint to be read again.
+	cp, noCheckpoint := s.store.Read(ctx)
+	slot, noSlot := replication.ReadSlot(ctx, s.sql, name)
+	if noSlot != nil && !errors.Is(noSlot, replication.ErrNoSlot) {
+		return noSlot
+	}
+	if noSlot == nil && errors.Is(noCheckpoint, checkpoint.ErrNone) {
+		cp, noCheckpoint = s.store.Read(ctx)
+	}
+	if noCheckpoint != nil && !errors.Is(noCheckpoint, checkpoint.ErrNone) {
+		return noCheckpoint
+	}
+	if noCheckpoint == nil {
+		if err := s.verifySystem(cp); err != nil {
+			return err
+		}
+	}
+	switch why := s.slotLost(slot, noSlot, cp); {
+	case noSlot == nil && noCheckpoint != nil:
+		return fmt.Errorf("slot %[1]s exists and has no checkpoint: it was not made by this relay, or its row in outbox_relay_checkpoints was deleted, so what it has published is not known: "+
+			"if nothing needs the slot, SELECT pg_drop_replication_slot('%[1]s') and start again: every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)", name)
+	case why != "":
+		return s.heal(ctx, noSlot == nil, why)
+	case noSlot != nil:
+		return s.createSlot(ctx)
+	}
+	return nil
+}
+
+// createSlot writes the checkpoint before it makes the slot, so that a slot
+// without a checkpoint is never its own. What its snapshot sees is the backlog.
+func (s *session) createSlot(ctx context.Context) error {
+	state, err := s.table.State(ctx, s.sql)
+	if err != nil {
+		return err
+	}
+	err = s.store.Create(ctx, checkpoint.Checkpoint{SystemID: s.system.ID, Timeline: s.system.Timeline,
+		Stream: s.stream.Name, StreamCreated: s.stream.Created, Sequence: s.stream.Last, Publication: state.Publication})
+	if err != nil {
+		return err
+	}
+	var version int
+	if err := s.sql.QueryRow(ctx, `select current_setting('server_version_num')::int`).Scan(&version); err != nil {
+		return fmt.Errorf("ask Postgres for its version: %w", err)
+	}
+	if s.relay.config.Backfill {
+		if err := s.openBacklog(ctx); err != nil {
+			return err
+		}
+	}
+	s.log.Info("creating the slot: this waits for every transaction that is open in the cluster", "slot", s.table.Slot)
+	telling, stop := context.WithCancel(ctx)
+	var teller sync.WaitGroup
+	teller.Go(func() { s.tellWaiting(telling) })
+	created, err := s.conn.CreateSlot(ctx, s.table.Slot, version >= 170000)
+	stop()
+	teller.Wait()
+	if err != nil {
+		return err
+	}
+	s.log.Info("created the slot", "slot", s.table.Slot, "consistent_point", created.Point.String())
+	if !s.relay.config.Backfill {
+		return s.tellPending(ctx)
+	}
+	return s.backlog.Take(ctx, created.Snapshot)
+}
+
+// tellPending says that rows are left out, as OUTBOX_BACKFILL=false wants it.
+func (s *session) tellPending(ctx context.Context) error {
+	pending, err := s.table.HasPending(ctx, s.sql)
+	if pending {
+		s.log.Warn("the table has pending rows from before the slot: they are not published, and stay pending", "table", s.table.String(), "remedy", "OUTBOX_BACKFILL=true")
+	}
+	return err
+}
+
+// openBacklog prepares to read the backlog, on a connection of its own.
+func (s *session) openBacklog(ctx context.Context) error {
+	config, err := s.relay.sqlConfig("outbox-relay backfill")
+	if err != nil {
+		return err
+	}
+	if s.reading, err = pgx.ConnectConfig(ctx, config); err != nil {
+		return explainConnect(err)
+	}
+	if err := s.checkSameServer(ctx, s.reading); err != nil {
+		return err
+	}
+	s.backlog, err = s.table.OpenBacklog(ctx, s.reading, s.layout)
+	return err
+}
+
+// tellWaiting names, from time to time, the backend whose transaction the slot
+// waits for. It has the SQL connection until ctx ends.
+func (s *session) tellWaiting(ctx context.Context) {
+	for pause(ctx, 5*time.Second) == nil {
+		var pid int
+		var since *time.Time
+		// pg_locks shows to everybody who has a transaction id.
+		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, a.xact_start
+			from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
+			where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> pg_catalog.pg_backend_pid()
+			order by l.transactionid::text::bigint limit 1`).Scan(&pid, &since)
+		if err != nil {
+			continue // none, or the connection is broken, which its next user finds
+		}
+		args := []any{"slot", s.table.Slot, "pid", pid, "remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid)}
+		if since != nil {
+			args = append(args, "since", since.UTC())
+		}
+		s.log.Warn("the slot still waits for an open transaction", args...)
+	}
+}
