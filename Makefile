@@ -8,7 +8,7 @@ VERSIONS ?= 15 16 17 18
 # The packages whose tests depend on the version of Postgres.
 INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication ./relay
 # Tests of these that take long and whose outcome does not.
-SAME = ^(TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest)$$
+SAME = ^(TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
 
 .PHONY: test test-versions chaos lint bench bench-quick build demo
 

@@ -88,7 +88,7 @@ func TestFaultsOfVariablesAreToldAllAtOnce(t *testing.T) {
 		t.Fatal("the output has the password")
 	}
 	requireEnd(t, testenv.StartRelay(t, nil, "relay"), 2, "relay", "outbox-relay [run]")
-	requireEnd(t, testenv.StartRelay(t, nil, "run", "--fast"), 2, "--fast")
+	requireEnd(t, testenv.StartRelay(t, nil, "run", "--fast"), 2, "run: flag provided but not defined: -fast")
 }
 
 // A restart with the remedy takes up two-phase transactions too.

@@ -35,6 +35,7 @@ func TestWhatPasses(t *testing.T) {
 		{"commit only local", checkpoint.ErrNotReplicated, true},
 		{"slot in use", fmt.Errorf("%w: %w", replication.ErrSlotInUse, postgresError("55006")), true},
 		{"slot made by another", fmt.Errorf("%w: %w", replication.ErrSlotInUse, postgresError("42710")), true},
+		{"no slot any more", replication.ErrNoSlot, true}, // it is made anew
 		{"server shuts down", replication.ErrEnded, true},
 		{"broker forgot", sink.ErrForgotten, true},
 		{"connection refused", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}, true},
@@ -63,7 +64,6 @@ func TestWhatPasses(t *testing.T) {
 		{"stream, whatever its code", fmt.Errorf("%w: %w", sink.ErrStream, &jetstream.APIError{Code: 500, ErrorCode: 10074}), false},
 		{"ambiguous", &sink.AmbiguousError{}, false},
 		{"no checkpoint", checkpoint.ErrNone, false},
-		{"no slot", replication.ErrNoSlot, false},
 		{"JetStream 404", &jetstream.APIError{Code: 404, ErrorCode: 10059}, false},
 		{"missing table", postgresError("42P01"), false},
 		{"missing column", postgresError("42703"), false},
