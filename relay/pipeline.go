@@ -92,6 +92,11 @@ func decode(d *decoder.Decoder, start pglogrepl.LSN, data []byte) (decoder.Kind,
 	if err == nil && kind == decoder.Commit && d.End != start {
 		err = fmt.Errorf("%w: Commit of a transaction that ends at %s", decoder.ErrMalformed, d.End)
 	}
+	// A record begins at a multiple of MAXIMUM_ALIGNOF, at least 4. Another LSN would
+	// be recorded before the Commit shows that it is wrong.
+	if at := d.Event.Position.Commit; err == nil && kind == decoder.Insert && at%4 != 0 {
+		err = fmt.Errorf("%w: Insert of a transaction that commits at %s, where no record begins", decoder.ErrMalformed, at)
+	}
 	if err != nil {
 		return kind, fmt.Errorf("decode the message at %s: %w", start, err)
 	}
