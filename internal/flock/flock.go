@@ -1,4 +1,5 @@
-package pgserver
+// Package flock locks folders against other processes.
+package flock
 
 import (
 	"context"
@@ -8,9 +9,9 @@ import (
 	"time"
 )
 
-// tryLock locks the folder dir against other processes, until the returned file
+// Try locks the folder dir against other processes, until the returned file
 // is closed or this process ends. syscall.EWOULDBLOCK: another one has it.
-func tryLock(dir string) (*os.File, error) {
+func Try(dir string) (*os.File, error) {
 	f, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -27,10 +28,10 @@ func tryLock(dir string) (*os.File, error) {
 	}
 }
 
-// waitLock is tryLock that waits for its turn, or until ctx ends.
-func waitLock(ctx context.Context, dir string) (*os.File, error) {
+// Wait is Try that waits for its turn, or until ctx ends.
+func Wait(ctx context.Context, dir string) (*os.File, error) {
 	for {
-		f, err := tryLock(dir)
+		f, err := Try(dir)
 		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return f, err
 		}
