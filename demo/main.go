@@ -6,6 +6,10 @@
 // It ends by itself, also on Ctrl-C, and leaves only the cache of Postgres's
 // binaries, where it had to fetch them. Exit code 0: every event was checked;
 // 1: something is wrong, and said; 130: interrupted.
+//
+// With arguments it is only the two servers, for as long as the command runs that
+// these are: `go run ./demo bash` gives a shell in which OUTBOX_POSTGRES_URL,
+// OUTBOX_NATS_URL and NATS_URL lead to them.
 package main
 
 import (
@@ -29,7 +33,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	out := newPrinter(os.Stdout)
-	err := run(ctx, out)
+	err := run(ctx, out, os.Args[1:])
 	switch {
 	case ctx.Err() != nil:
 		out.line("", "interrupted: everything is stopped and removed")
@@ -40,11 +44,24 @@ func main() {
 	}
 }
 
-func run(ctx context.Context, out *printer) (err error) {
-	out.title("outbox-relay: a shop changes its database and tells the world in one step")
+func run(ctx context.Context, out *printer, command []string) (err error) {
+	if len(command) == 0 {
+		out.title("outbox-relay: a shop changes its database and tells the world in one step")
+	}
 	s, err := startServers(ctx, out)
 	defer func() { err = errors.Join(err, s.close()) }()
-	if err != nil {
+	switch {
+	case err != nil:
+		return err
+	case len(command) > 0:
+		return s.lend(ctx, out, command)
+	}
+	return show(ctx, out, s)
+}
+
+// show is the demo.
+func show(ctx context.Context, out *printer, s *servers) error {
+	if err := s.prepare(ctx, out); err != nil {
 		return err
 	}
 	shop, err := openShop(ctx, s)

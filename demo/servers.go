@@ -55,14 +55,29 @@ func startServers(ctx context.Context, out *printer) (*servers, error) {
 		return s, fmt.Errorf("start NATS: %w", err)
 	}
 	out.step("started", "Postgres %d and NATS %s, for this demo only, in %.1f s", s.postgres.Version(), server.VERSION, time.Since(began).Seconds())
+	return s, nil
+}
+
+// prepare makes what the demo runs.
+func (s *servers) prepare(ctx context.Context, out *printer) error {
 	if err := s.build(ctx, out); err != nil {
-		return s, err
+		return err
 	}
 	if err := s.migrate(ctx); err != nil {
-		return s, err
+		return err
 	}
 	out.step("migrated", "outbox-relay migrate: the table events, its trigger, the publication")
-	return s, nil
+	return nil
+}
+
+// lend runs a command that finds the servers in its environment.
+func (s *servers) lend(ctx context.Context, out *printer, command []string) error {
+	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.Env = append(os.Environ(), "OUTBOX_POSTGRES_URL="+s.postgres.URL("postgres"),
+		"OUTBOX_NATS_URL="+s.nats.ClientURL(), "NATS_URL="+s.nats.ClientURL())
+	out.step("ready", "they end when you leave %s", command[0])
+	return cmd.Run()
 }
 
 func (s *servers) startNATS() error {
