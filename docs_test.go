@@ -150,3 +150,14 @@ func TestAnchor(t *testing.T) {
 		}
 	}
 }
+
+// What docs/consuming.md shows of the examples is theirs, word for word.
+func TestConsumingShowsTheExamples(t *testing.T) {
+	page := readFile(t, filepath.Join("docs", "consuming.md"))
+	for language, file := range map[string]string{"js": "node/inbox.mjs", "sql": "orders/tables.sql"} {
+		block := regexp.MustCompile("(?ms)^```" + language + "\n(.*?)^```$").FindStringSubmatch(page)
+		if block == nil || !strings.Contains(readFile(t, filepath.Join("examples", file)), block[1]) {
+			t.Errorf("docs/consuming.md shows what is not in examples/%s:\n%s", file, block)
+		}
+	}
+}

@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"outbox-relay/internal/debian"
 	"outbox-relay/internal/pgserver"
 )
 
@@ -63,8 +64,8 @@ const guidePatience = 3 * time.Minute // for a step: the first one may build the
 
 func startShell(t *testing.T) *guideShell {
 	t.Helper()
-	if _, err := exec.LookPath("psql"); err != nil {
-		t.Fatalf("the guide needs psql (Debian: postgresql-client): %v", err)
+	if _, err := debian.Installed(t.Context(), "postgresql-client", "psql", t.Logf); err != nil {
+		t.Fatal(err)
 	}
 	for _, program := range []string{"outbox-relay", "consumer"} {
 		path := filepath.Join("bin", program)
