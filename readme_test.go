@@ -18,19 +18,22 @@ func readFile(t *testing.T, name string) string {
 	return string(text)
 }
 
-// The README's Go is that of the examples, word for word, and they compile.
+// The Go that the README and the guides show is that of the examples, word for
+// word, and they compile.
 func TestReadmeShowsTheExamples(t *testing.T) {
 	var examples strings.Builder
-	for _, folder := range []string{"consumer", "gorm", "orders/shop", "orders/inbox"} {
-		examples.WriteString(sources(t, filepath.Join("examples", folder)))
+	for _, folder := range []string{"examples/consumer", "examples/gorm", "examples/orders/shop", "examples/orders/inbox", "internal/examples"} {
+		examples.WriteString(sources(t, filepath.FromSlash(folder)))
 	}
-	blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(readFile(t, "README.md"), -1)
-	if len(blocks) != 4 {
-		t.Errorf("README.md has %d blocks of Go, want 4", len(blocks))
-	}
-	for _, block := range blocks {
-		if !strings.Contains(examples.String(), block[1]) {
-			t.Errorf("README.md shows what is not in the examples:\n%s", block[1])
+	for page, number := range map[string]int{"README.md": 1, "docs/producing.md": 2, "docs/consuming.md": 2} {
+		blocks := regexp.MustCompile("(?s)```go\n(.*?)```").FindAllStringSubmatch(readFile(t, filepath.FromSlash(page)), -1)
+		if len(blocks) != number {
+			t.Errorf("%s has %d blocks of Go, want %d", page, len(blocks), number)
+		}
+		for _, block := range blocks {
+			if !strings.Contains(examples.String(), block[1]) {
+				t.Errorf("%s shows what is not in the examples:\n%s", page, block[1])
+			}
 		}
 	}
 	vet := exec.Command("go", "vet", "./...")

@@ -79,16 +79,16 @@ func TestEditDistance(t *testing.T) {
 	}
 }
 
-// A row of the README's table is | `NAME` | `default` | meaning |. What follows
-// the meaning there is free.
-func TestReadmeHasEveryVariable(t *testing.T) {
+// A row of the page's table is | `NAME` | `default` | meaning |. What follows the
+// meaning there is free.
+func TestPageHasEveryVariable(t *testing.T) {
 	t.Parallel()
-	readme, err := os.ReadFile("../../README.md")
+	page, err := os.ReadFile("../../docs/configuration.md")
 	if err != nil {
 		t.Fatal(err)
 	}
 	rows := make(map[string]string)
-	for line := range strings.Lines(string(readme)) {
+	for line := range strings.Lines(string(page)) {
 		if strings.HasPrefix(line, "| `OUTBOX_") {
 			name, _, _ := strings.Cut(strings.TrimPrefix(line, "| `"), "`")
 			rows[name] = line
@@ -101,11 +101,11 @@ func TestReadmeHasEveryVariable(t *testing.T) {
 		}
 		want := strings.ReplaceAll("| `"+v.Name+"` | "+def+" | "+v.Meaning, "|  |", "| |")
 		if !strings.HasPrefix(rows[v.Name], want) {
-			t.Errorf("README.md: got %q, want %s |", rows[v.Name], want)
+			t.Errorf("docs/configuration.md: got %q, want %s |", rows[v.Name], want)
 		}
 		delete(rows, v.Name)
 	}
 	for name := range rows {
-		t.Errorf("README.md has %s, which Load does not read", name)
+		t.Errorf("docs/configuration.md has %s, which Load does not read", name)
 	}
 }

@@ -16,9 +16,10 @@ func TestPartitionsByAggregate(t *testing.T) {
 	const partitions, aggregates, events = 4, 20, 200
 	s := setup(t)
 	s.must(s.js.DeleteStream(t.Context(), "EVENTS"))
-	stream, err := s.js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*.*"},
+	js, ctx := s.js, t.Context()
+	stream, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*.*"},
 		SubjectTransform: &jetstream.SubjectTransformConfig{Source: "events.*.*.*",
-			Destination: fmt.Sprintf("events.{{partition(%d,2)}}.{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}", partitions)}})
+			Destination: "events.{{partition(4,2)}}.{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}"}})
 	s.must(err)
 	s.exec(`insert into events (aggregate_type, aggregate_id, event_type, payload)
 		select 'order', 'o-' || n % $1, 'placed', to_jsonb(n) from generate_series(1, $2::int) as n`, aggregates, events)
