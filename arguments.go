@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"outbox-relay/internal/config"
-	"outbox-relay/migrations"
 	"outbox-relay/ops"
 )
 
@@ -51,8 +50,8 @@ func parseMigrate(args []string) (action, error) {
 		f.BoolVar(&partitioned, "partitioned", false, "")
 	})
 	return func(ctx context.Context, cfg config.Config, std streams) error {
-		target := migrations.Target{Schema: cfg.Postgres.Table.Schema, Table: cfg.Postgres.Table.Name,
-			Publication: cfg.Postgres.Publication, Columns: extraColumns(cfg.Subject), Partitioned: partitioned}
+		target := target(cfg)
+		target.Partitioned = partitioned
 		if show {
 			return printMigrations(target, std)
 		}
@@ -65,6 +64,14 @@ func parseStatus(args []string) (action, error) {
 	err := parseOnly(args, func(f *flag.FlagSet) { f.BoolVar(&asJSON, "json", false, "") })
 	return func(ctx context.Context, cfg config.Config, std streams) error {
 		return admin(cfg, std).Status(ctx, asJSON)
+	}, err
+}
+
+func parseDoctor(args []string) (action, error) {
+	asJSON := false
+	err := parseOnly(args, func(f *flag.FlagSet) { f.BoolVar(&asJSON, "json", false, "") })
+	return func(ctx context.Context, cfg config.Config, std streams) error {
+		return ops.Doctor{Config: relayConfig(cfg), Migrate: target(cfg), Out: std.out}.Run(ctx, asJSON)
 	}, err
 }
 

@@ -44,6 +44,8 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
       --print                      show the SQL instead
   outbox-relay status [--json]   how slot, checkpoint, stream and rows stand, and what is wrong;
                                  exit code 0 whatever it finds, as long as Postgres can be asked
+  outbox-relay doctor [--json]   examine both ends, before going live and after, and say how to mend
+                                 what is wrong; it changes nothing; exit code 1 where there is a fault
   outbox-relay retry ID…         have failed rows published again, once their cause is mended
   outbox-relay retry --all       have all failed rows published again
   outbox-relay park ID [REASON]  let a relay that halted before this event pass over it: it is failed
@@ -81,6 +83,7 @@ var commands = map[string]func(args []string) (action, error){
 	"run":         plain(relayEvents),
 	"migrate":     parseMigrate,
 	"status":      parseStatus,
+	"doctor":      parseDoctor,
 	"retry":       parseRetry,
 	"park":        parsePark,
 	"replay":      parseReplay,
@@ -252,6 +255,12 @@ func extraColumns(subject config.Subject) []string {
 		}
 	}
 	return extra
+}
+
+// target is what `migrate` brings about.
+func target(cfg config.Config) migrations.Target {
+	return migrations.Target{Schema: cfg.Postgres.Table.Schema, Table: cfg.Postgres.Table.Name,
+		Publication: cfg.Postgres.Publication, Columns: extraColumns(cfg.Subject)}
 }
 
 func migrate(ctx context.Context, cfg config.Config, target migrations.Target, std streams) error {

@@ -30,7 +30,7 @@ func TestErrorsAreExplained(t *testing.T) {
 }
 
 // utterances finds the messages of the program, and where they are: what is given
-// to errors.New, fmt.Errorf, the log's Warn and Error, and the like.
+// to errors.New, fmt.Errorf, fault.Error, the log's Warn and Error, and the like.
 func utterances(t *testing.T) map[string]token.Position {
 	t.Helper()
 	said := map[string]token.Position{}
@@ -51,7 +51,8 @@ func utterances(t *testing.T) map[string]token.Position {
 			t.Fatal(err)
 		}
 		for _, file := range files {
-			if !strings.HasSuffix(file, "_test.go") {
+			// What the doctor says by itself has its remedy with it.
+			if !strings.HasSuffix(file, "_test.go") && !strings.HasPrefix(filepath.Base(file), "doctor_") {
 				utterancesOf(t, file, said)
 			}
 		}
@@ -67,30 +68,57 @@ func utterancesOf(t *testing.T, file string, said map[string]token.Position) {
 		t.Fatal(err)
 	}
 	ast.Inspect(parsed, func(node ast.Node) bool {
-		call, ok := node.(*ast.CallExpr)
-		if !ok || len(call.Args) == 0 || !utters(call.Fun) {
-			return true
-		}
-		if text, ok := constantText(call.Args[0]); ok {
+		if text, ok := constantText(uttered(node)); ok {
 			if part := lastingPart(text); part != "" {
-				said[part] = set.Position(call.Pos())
+				said[part] = set.Position(node.Pos())
 			}
 		}
 		return true
 	})
 }
 
+// uttered returns what a user reads of a call, or of a fault.Error; nil: nothing.
+func uttered(node ast.Node) ast.Expr {
+	switch node := node.(type) {
+	case *ast.CallExpr:
+		if len(node.Args) > 0 && utters(node.Fun) {
+			return sprintf(node.Args[0])
+		}
+	case *ast.CompositeLit:
+		of, ok := node.Type.(*ast.SelectorExpr)
+		if !ok || of.Sel.Name != "Error" {
+			return nil
+		}
+		for _, element := range node.Elts {
+			if pair, ok := element.(*ast.KeyValueExpr); ok && pair.Key.(*ast.Ident).Name == "What" {
+				return sprintf(pair.Value)
+			}
+		}
+	}
+	return nil
+}
+
+// sprintf returns the format of a call of fmt.Sprintf, and else what it is given.
+func sprintf(e ast.Expr) ast.Expr {
+	if call, ok := e.(*ast.CallExpr); ok && len(call.Args) > 0 {
+		if function, ok := call.Fun.(*ast.SelectorExpr); ok && function.Sel.Name == "Sprintf" {
+			return call.Args[0]
+		}
+	}
+	return e
+}
+
 // utters reports whether a function's first argument is what a user reads.
 func utters(function ast.Expr) bool {
 	switch function := function.(type) {
 	case *ast.Ident:
-		return function.Name == "rejected" || function.Name == "fault"
+		return slices.Contains([]string{"rejected", "fault", "noJetStream"}, function.Name)
 	case *ast.SelectorExpr:
 		name := function.Sel.Name
 		if pkg, ok := function.X.(*ast.Ident); ok && (pkg.Name == "errors" && name == "New" || pkg.Name == "fmt" && name == "Errorf") {
 			return true
 		}
-		return name == "Warn" || name == "Error"
+		return slices.Contains([]string{"Warn", "Error", "anew", "miss", "publicationFault", "migrateFault"}, name)
 	}
 	return false
 }

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
 )
 
@@ -103,12 +104,12 @@ func TestCheckPublication(t *testing.T) {
 			b := setup(t)
 			b.exec(c.sql)
 			err := b.table.CheckPublication(t.Context(), b.relay)
-			var fault *outbox.PublicationError
+			var fault *fault.Error
 			switch {
 			case c.want == "" && err != nil:
 				t.Errorf("refused: %v", err)
-			case c.want != "" && (!errors.As(err, &fault) || !strings.Contains(fault.Reason, c.want) || fault.Remedy == ""):
-				t.Errorf("got %v, want a PublicationError with %q", err, c.want)
+			case c.want != "" && (!errors.As(err, &fault) || !strings.Contains(fault.What, c.want) || fault.Remedy == ""):
+				t.Errorf("got %v, want a fault with %q", err, c.want)
 			}
 		})
 	}

@@ -9,6 +9,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"outbox-relay/internal/fault"
 )
 
 // Mode is what happens to a row once its event is in the stream.
@@ -48,6 +50,19 @@ type Layout struct {
 // Inspect reads the layout and checks that the relay can work with the table;
 // each fault is an error that says what to do.
 func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
+	l, err := t.ReadLayout(ctx, conn)
+	if err == nil {
+		err = t.CheckOwnTables(ctx, conn)
+	}
+	if err == nil {
+		err = t.CheckPartitionKey(ctx, conn)
+	}
+	return l, err
+}
+
+// ReadLayout reads the layout; a table that is not there, or lacks a column, is an
+// error that says what to do.
+func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	l := Layout{Columns: map[string]bool{}}
 	rows, err := conn.Query(ctx, `select a.attrelid, a.attname
 		from pg_catalog.pg_attribute a
@@ -64,29 +79,44 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	case err != nil:
 		return l, fmt.Errorf("read the columns of %s: %w", t, err)
 	case len(l.Columns) == 0:
-		return l, fmt.Errorf("table %s does not exist (OUTBOX_TABLE): create it with `outbox-relay migrate`", t)
+		return l, &fault.Error{What: fmt.Sprintf("table %s does not exist (OUTBOX_TABLE)", t),
+			Remedy: "create it with `outbox-relay migrate`", Shell: "outbox-relay migrate"}
 	}
 	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
-		return l, fmt.Errorf("table %s has no column %s: %s", t, strings.Join(missing, ", "), t.Columns.remedy(missing))
+		return l, &fault.Error{What: fmt.Sprintf("table %s has no column %s", t, strings.Join(missing, ", ")), Remedy: t.Columns.remedy(missing), SQL: t.addColumns(missing)}
 	}
-	if err := t.checkOwnTables(ctx, conn); err != nil {
-		return l, err
-	}
-	return l, t.checkPartitionKey(ctx, conn)
+	return l, nil
 }
 
-// checkPartitionKey refuses a table that recording an outcome would move rows
+// CheckPartitionKey refuses a table that recording an outcome would move rows
 // about in.
-func (t Table) checkPartitionKey(ctx context.Context, conn *pgx.Conn) error {
+func (t Table) CheckPartitionKey(ctx context.Context, conn *pgx.Conn) error {
 	_, err := conn.Exec(ctx, `select `+t.function("outbox_relay_check_partition_key")+`(pg_catalog.to_regclass($1))`, t.String())
 	var pgErr *pgconn.PgError
 	switch {
 	case errors.As(err, &pgErr) && pgErr.Code == "55000": // object not in prerequisite state
-		return fmt.Errorf("%s: %s", pgErr.Message, pgErr.Hint)
+		return &fault.Error{What: pgErr.Message, Remedy: pgErr.Hint}
 	case err != nil:
 		return fmt.Errorf("read how %s is partitioned: %w", t, err)
 	}
 	return nil
+}
+
+// columnTypes are those of migrate.
+var columnTypes = map[string]string{"id": "text", "version": "int", "aggregate_type": "text", "event_type": "text",
+	"payload": "jsonb", "status": "text", "created_at": "timestamptz"}
+
+// addColumns adds columns that the table lacks, where their type is known; rows
+// that are there already have none of them.
+func (t Table) addColumns(missing []string) string {
+	var add []string
+	for _, name := range missing {
+		if columnTypes[name] == "" {
+			return ""
+		}
+		add = append(add, "ADD COLUMN "+name+" "+columnTypes[name])
+	}
+	return "ALTER TABLE " + t.String() + " " + strings.Join(add, ", ")
 }
 
 // remedy says what to do about columns that the table lacks.
@@ -130,7 +160,8 @@ func (c Columns) strange(columns []string) []string {
 	return slices.DeleteFunc(slices.Clone(columns), func(name string) bool { return slices.Contains(known, name) })
 }
 
-func (t Table) checkOwnTables(ctx context.Context, conn *pgx.Conn) error {
+// CheckOwnTables makes sure that what migrate makes for the relay itself is there.
+func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {
 	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers", "outbox_relay_batches"} {
 		var there bool
 		own := pgx.Identifier{t.Schema, name}.Sanitize()
@@ -138,7 +169,7 @@ func (t Table) checkOwnTables(ctx context.Context, conn *pgx.Conn) error {
 			return fmt.Errorf("look for table %s: %w", own, err)
 		}
 		if !there {
-			return fmt.Errorf("table %s does not exist: run `outbox-relay migrate`", own)
+			return &fault.Error{What: fmt.Sprintf("table %s does not exist", own), Remedy: "run `outbox-relay migrate`", Shell: "outbox-relay migrate"}
 		}
 	}
 	return nil

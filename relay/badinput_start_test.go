@@ -1,9 +1,7 @@
 package relay_test
 
 import (
-	"bufio"
 	"context"
-	"fmt"
 	"net"
 	"net/url"
 	"os"
@@ -248,39 +246,10 @@ func TestJetStreamIsNotEnabled(t *testing.T) {
 	b.requireWorks("NATS_URL=" + b.nats.URL())
 }
 
-// oldNATS greets like a server of that version: no module builds one that is
-// old beside the embedded one.
-func oldNATS(t *testing.T, version string) string {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { listener.Close() })
-	go func() {
-		for {
-			conn, err := listener.Accept()
-			if err != nil {
-				return // closed
-			}
-			go func() {
-				defer conn.Close()
-				fmt.Fprintf(conn, `INFO {"server_id":"OLD","version":%q,"proto":1,"headers":true,"jetstream":true,"max_payload":1048576}`+"\r\n", version)
-				for lines := bufio.NewScanner(conn); lines.Scan(); {
-					if lines.Text() == "PING" {
-						fmt.Fprint(conn, "PONG\r\n")
-					}
-				}
-			}()
-		}
-	}()
-	return "nats://" + listener.Addr().String()
-}
-
 func TestNATSServerIsTooOld(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	requireEnd(t, b.start("NATS_URL="+oldNATS(t, "2.10.26")), 1, "the NATS server is version 2.10.26", "2.10.27 or newer")
+	requireEnd(t, b.start("NATS_URL="+testenv.OldNATS(t, "2.10.26")), 1, "the NATS server is version 2.10.26", "2.10.27 or newer")
 	b.requireWorks()
 }
 

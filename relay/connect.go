@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/fault"
 	"outbox-relay/replication"
 )
 
@@ -52,18 +53,22 @@ func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
 
 // explainConnect adds what to do where it isn't plain.
 func explainConnect(err error) error {
+	f := &fault.Error{What: "connect to Postgres: " + err.Error(), Cause: err}
 	var pgErr *pgconn.PgError
+	errors.As(err, &pgErr)
 	switch {
 	case wrongPassword(err):
-		return fmt.Errorf("connect to Postgres: %w: check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf", err)
+		f.Remedy = "check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf"
 	case wrongCertificate(err):
-		return fmt.Errorf("connect to Postgres: %w: check sslmode, sslrootcert and the host in OUTBOX_POSTGRES_URL", err)
-	case errors.As(err, &pgErr) && pgErr.Code == "08P01":
-		return fmt.Errorf("connect to Postgres: %w: is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself", err)
-	case errors.As(err, &pgErr) && pgErr.Code == "3D000":
-		return fmt.Errorf("connect to Postgres: %w: create the database, or correct OUTBOX_POSTGRES_URL", err)
+		f.Remedy = "check sslmode, sslrootcert and the host in OUTBOX_POSTGRES_URL"
 	case pgErr == nil:
-		return fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
+		f.Remedy = "start it, or correct OUTBOX_POSTGRES_URL"
+	case pgErr.Code == "08P01":
+		f.Remedy = "is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself"
+	case pgErr.Code == "3D000":
+		f.Remedy = "create the database, or correct OUTBOX_POSTGRES_URL"
+	case pgErr.Code == "53300":
+		f.Remedy = "raise max_wal_senders or max_connections and restart Postgres, or end what uses them"
 	}
-	return fmt.Errorf("connect to Postgres: %w", err)
+	return f
 }

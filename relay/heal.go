@@ -65,8 +65,8 @@ func (s *session) slotLost(slot replication.Slot, noSlot error, cp checkpoint.Ch
 // is recorded first; then the rest of the pending rows is the new slot's backlog.
 // A crash in between repeats what is not done.
 func (s *session) heal(ctx context.Context, slotExists bool, why string) error {
-	if reason := s.cantHeal(); reason != "" {
-		return fmt.Errorf("%s: events committed since then came through no slot; they stand in the table with status 'pending', and %s: %s", why, reason, s.startAnew())
+	if err := s.mayHeal(why); err != nil {
+		return err
 	}
 	cp, err := s.store.Claim(ctx)
 	if err != nil {
@@ -96,6 +96,15 @@ func (s *session) heal(ctx context.Context, slotExists bool, why string) error {
 	}
 	s.relay.unreadable.Store(nil)
 	return s.createSlot(ctx)
+}
+
+// mayHeal refuses to heal where the rows don't tell.
+func (s *session) mayHeal(why string) error {
+	reason := s.cantHeal()
+	if reason == "" {
+		return nil
+	}
+	return s.anew(why+": events committed since then came through no slot; they stand in the table with status 'pending', and "+reason, "")
 }
 
 // dropSlot drops the lost slot, unless another relay is at it.

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/internal/fault"
 	"outbox-relay/replication"
 )
 
@@ -40,14 +41,20 @@ func (s *session) openSlot(ctx context.Context) error {
 	}
 	switch why := s.slotLost(slot, noSlot, cp); {
 	case noSlot == nil && noCheckpoint != nil:
-		return fmt.Errorf("slot %[1]s exists and has no checkpoint: it was not made by this relay, or its row in outbox_relay_checkpoints was deleted, so what it has published is not known: "+
-			"if nothing needs the slot, SELECT pg_drop_replication_slot('%[1]s') and start again: every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)", name)
+		return noCheckpointFault(name)
 	case why != "":
 		return s.heal(ctx, noSlot == nil, why)
 	case noSlot != nil:
 		return s.createSlot(ctx)
 	}
 	return nil
+}
+
+// noCheckpointFault says that nobody knows what was published of a slot's events.
+func noCheckpointFault(slot string) error {
+	sql := fmt.Sprintf("SELECT pg_drop_replication_slot('%s')", slot)
+	return &fault.Error{What: fmt.Sprintf("slot %s exists and has no checkpoint: it was not made by this relay, or its row in outbox_relay_checkpoints was deleted, so what it has published is not known", slot),
+		Remedy: "if nothing needs the slot, " + sql + " and start again: " + allPending, SQL: sql}
 }
 
 // createSlot writes the checkpoint before it makes the slot, so that a slot

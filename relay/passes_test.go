@@ -16,7 +16,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
-	"outbox-relay/outbox"
+	"outbox-relay/internal/fault"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -58,7 +58,7 @@ func TestWhatPasses(t *testing.T) {
 		{"malformed", decoder.ErrMalformed, false},
 		{"malformed, since it ended", fmt.Errorf("%w: %s", decoder.ErrMalformed, io.EOF), false},
 		{"publication", replication.ErrPublication, false},
-		{"publication's state", &outbox.PublicationError{}, false},
+		{"publication's state", &fault.Error{}, false},
 		{"halted", &HaltError{}, false},
 		{"stream", sink.ErrStream, false},
 		{"stream, whatever its code", fmt.Errorf("%w: %w", sink.ErrStream, &jetstream.APIError{Code: 500, ErrorCode: 10074}), false},

@@ -236,7 +236,7 @@ func (r *recorder) passedOver(ctx context.Context) error {
 	if err := r.checkPublication(ctx); err != nil {
 		return err
 	}
-	if err := r.miss(r.publicationChanged(), r.acceptPublication()); err != nil {
+	if err := r.missPublication(); err != nil {
 		return err
 	}
 	return errMissed

@@ -11,6 +11,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
+	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
@@ -215,9 +216,25 @@ func (s *session) explainResume(ctx context.Context, cp checkpoint.Checkpoint, e
 
 // startAnew is the last remedy.
 func (s *session) startAnew() string {
-	return fmt.Sprintf("to start anew, SELECT pg_drop_replication_slot('%s'); DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s': "+
-		"every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)",
-		s.table.Slot, s.table.Schema, s.table.Slot)
+	return fmt.Sprintf("to start anew, SELECT pg_drop_replication_slot('%s'); %s: %s", s.table.Slot, s.forgetSQL(), allPending)
+}
+
+// allPending is what starting anew means.
+const allPending = "every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)"
+
+func (s *session) forgetSQL() string {
+	return fmt.Sprintf("DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s'", s.table.Schema, s.table.Slot)
+}
+
+// anewSQL is what startAnew says, and does so also where the slot is gone.
+func (s *session) anewSQL() string {
+	return fmt.Sprintf("SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE slot_name = '%s'; %s", s.table.Slot, s.forgetSQL())
+}
+
+// anew is a fault after which only starting anew helps, or what remedy says
+// before.
+func (s *session) anew(what, remedy string) error {
+	return &fault.Error{What: what, Remedy: remedy + s.startAnew(), SQL: s.anewSQL()}
 }
 
 // explainReading adds what to do about WAL that the slot can never read past:

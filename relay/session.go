@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -13,13 +14,11 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
-
-// errRecovery says that the server is a standby.
-var errRecovery = errors.New("the server is in recovery: a relay reads from the primary (several hosts? add target_session_attrs=read-write)")
 
 // session is one run of the pipeline, from connecting to whatever ends it.
 // Nothing of it outlives it: the next one starts from the checkpoint.
@@ -170,22 +169,11 @@ func (s *session) connectSQL(ctx context.Context) error {
 }
 
 func (s *session) checkServer(ctx context.Context) error {
-	var version int
-	var walLevel string
-	var recovery bool
-	err := s.sql.QueryRow(ctx, `select current_setting('server_version_num')::int, current_setting('wal_level'),
-		pg_catalog.pg_is_in_recovery()`).Scan(&version, &walLevel, &recovery)
-	switch {
-	case err != nil:
-		return fmt.Errorf("ask Postgres for its version: %w", err)
-	case version < 150000:
-		return fmt.Errorf("the server is Postgres %d: the relay needs 15 or newer", version/10000)
-	case recovery:
-		return errRecovery
-	case walLevel != "logical":
-		return fmt.Errorf("wal_level is %q: the relay reads from logical decoding: ALTER SYSTEM SET wal_level = 'logical', then restart Postgres", walLevel)
+	server, err := readServer(ctx, s.sql)
+	if err != nil {
+		return err
 	}
-	return nil
+	return cmp.Or(server.CheckVersion(), server.CheckRecovery(), server.CheckWALLevel())
 }
 
 func (s *session) connectReplication(ctx context.Context) error {
@@ -215,7 +203,8 @@ func (s *session) checkSameServer(ctx context.Context, sql *pgx.Conn) error {
 		return fmt.Errorf("identify server: %w", err)
 	}
 	if started != s.system.Started {
-		return errTwoServers
+		return &fault.Error{What: errTwoServers.Error(), Cause: errTwoServers,
+			Remedy: "name one host in OUTBOX_POSTGRES_URL, or add target_session_attrs=read-write"}
 	}
 	return nil
 }
@@ -244,9 +233,11 @@ func (s *session) explainStream(err error) error {
 	case !errors.Is(err, sink.ErrNoStream):
 		return err
 	case s.known:
-		return fmt.Errorf("%w: the checkpoint knows it: it was deleted, or OUTBOX_NATS_URL or OUTBOX_NATS_DOMAIN lead elsewhere: restore it, or %s", err, s.startAnew())
+		return &fault.Error{What: err.Error() + ": the checkpoint knows it: it was deleted, or OUTBOX_NATS_URL or OUTBOX_NATS_DOMAIN lead elsewhere",
+			Remedy: "restore it, or " + s.startAnew(), SQL: s.anewSQL(), Cause: err}
 	}
-	return fmt.Errorf("%w: create it, or set OUTBOX_STREAM_CREATE=true", err)
+	return &fault.Error{What: err.Error(), Remedy: "create it, or set OUTBOX_STREAM_CREATE=true", Cause: err,
+		Shell: s.relay.config.Sink(s.system).Stream.Command()}
 }
 
 // start begins to stream, and claims the checkpoint: only who holds the slot

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/internal/fault"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -36,7 +37,8 @@ func (s *session) verify(ctx context.Context, cp *checkpoint.Checkpoint, slot re
 }
 
 func (s *session) otherStream(cp checkpoint.Checkpoint) error {
-	return fmt.Errorf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream: choose another OUTBOX_SLOT for another stream, or %s", cp.Stream, s.stream.Name, s.startAnew())
+	return s.anew(fmt.Sprintf("the checkpoint belongs to stream %s and OUTBOX_STREAM is %s: one slot has one stream", cp.Stream, s.stream.Name),
+		"choose another OUTBOX_SLOT for another stream, or ")
 }
 
 // verifyConfirmed makes sure that the slot has all that is behind the checkpoint.
@@ -46,14 +48,14 @@ func (s *session) verifyConfirmed(cp *checkpoint.Checkpoint, slot replication.Sl
 	}
 	cp.Foreign = true // what the slot does not bring may stand in the stream, like others' messages
 	return s.miss(fmt.Sprintf("slot %s is confirmed up to %s, and this relay never confirmed more than %s: it was dropped and made again, or advanced by hand, or copied to a standby that had not all of its WAL (set synchronized_standby_slots): events between are not in it",
-		slot.Name, slot.Confirmed, cp.Confirmed), s.startAnew())
+		slot.Name, slot.Confirmed, cp.Confirmed), s.startAnew(), s.anewSQL())
 }
 
 // miss notes that events came past the slot, which the table then gives, or
 // returns an error where it can't.
-func (s *session) miss(why, remedy string) error {
+func (s *session) miss(why, remedy, sql string) error {
 	if reason := s.cantHeal(); reason != "" {
-		return fmt.Errorf("%s. They stand in the table with status 'pending', and %s: %s", why, reason, remedy)
+		return &fault.Error{What: why + ". They stand in the table with status 'pending', and " + reason, Remedy: remedy, SQL: sql}
 	}
 	s.missed = why
 	return nil
@@ -79,8 +81,8 @@ func (s *session) verifyIdentity(ctx context.Context, cp *checkpoint.Checkpoint,
 		}
 	}
 	if s.stream.Begin > cp.Sequence || what != "" && known == nil {
-		return fmt.Errorf("stream %s was made at %s, and the checkpoint knows one made at %s with more messages of this relay: it was deleted and made again: %s",
-			cp.Stream, s.stream.Created, cp.StreamCreated.UTC(), s.startAnew())
+		return s.anew(fmt.Sprintf("stream %s was made at %s, and the checkpoint knows one made at %s with more messages of this relay: it was deleted and made again",
+			cp.Stream, s.stream.Created, cp.StreamCreated.UTC()), "")
 	}
 	s.log.Info("the stream says another creation time than before, and has the checkpoint's message: its server was started again",
 		"stream", cp.Stream, "created", s.stream.Created, "checkpoint_created", cp.StreamCreated.UTC())
@@ -93,11 +95,17 @@ func (s *session) verifyIdentity(ctx context.Context, cp *checkpoint.Checkpoint,
 func (s *session) verifySystem(cp checkpoint.Checkpoint) error {
 	switch {
 	case cp.SystemID != s.system.ID:
-		return fmt.Errorf("the checkpoint was written by Postgres cluster %[1]s and this is %[2]s: the database was restored from a dump or copied. If the other one is gone for good, let this one go on behind it, with its pending rows that the stream does not have: "+
-			"UPDATE %[3]s.outbox_relay_checkpoints SET system_identifier = '%[2]s', timeline = %[4]d WHERE slot = '%[5]s'; else %[6]s",
-			cp.SystemID, s.system.ID, s.table.Schema, s.system.Timeline, s.table.Slot, s.startAnew())
+		sql := fmt.Sprintf("UPDATE %s.outbox_relay_checkpoints SET system_identifier = '%s', timeline = %d WHERE slot = '%s'",
+			s.table.Schema, s.system.ID, s.system.Timeline, s.table.Slot)
+		return &fault.Error{
+			What: fmt.Sprintf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied", cp.SystemID, s.system.ID),
+			Remedy: "if the other one is gone for good, let this one go on behind it, with its pending rows that the stream does not have: " +
+				sql + "; else " + s.startAnew(),
+			SQL: sql,
+		}
 	case cp.Timeline > s.system.Timeline:
-		return fmt.Errorf("the checkpoint was written on timeline %d and this server is on %d: it is an old primary: connect to the current one", cp.Timeline, s.system.Timeline)
+		return &fault.Error{What: fmt.Sprintf("the checkpoint was written on timeline %d and this server is on %d: it is an old primary", cp.Timeline, s.system.Timeline),
+			Remedy: "connect to the current one"}
 	}
 	return nil
 }
@@ -120,7 +128,7 @@ func (s *session) verifyTimeline(cp checkpoint.Checkpoint) error {
 	}
 	left, err := s.system.Left(cp.Timeline)
 	if err != nil {
-		return fmt.Errorf("the checkpoint was written on timeline %d: %w: %s", cp.Timeline, err, s.startAnew())
+		return s.anew(fmt.Sprintf("the checkpoint was written on timeline %d: %s", cp.Timeline, err), "")
 	}
 	s.left = left
 	s.log.Warn("the server is on another timeline than the checkpoint: a standby was promoted, or a backup restored",
@@ -139,7 +147,7 @@ func (s *session) verifyPublication(ctx context.Context, cp checkpoint.Checkpoin
 	if err := s.checkPublication(ctx); err != nil {
 		return err
 	}
-	return s.miss(s.publicationChanged(), s.acceptPublication())
+	return s.missPublication()
 }
 
 // checkPublication says what is wrong with table or publication now.
@@ -150,13 +158,11 @@ func (s *session) checkPublication(ctx context.Context) error {
 	return s.table.CheckPublication(ctx, s.sql)
 }
 
-func (s *session) publicationChanged() string {
-	return fmt.Sprintf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over", s.table.Publication, s.table)
-}
-
-func (s *session) acceptPublication() string {
-	return fmt.Sprintf("see to those rows, then accept the publication as it is: UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'",
-		s.table.Schema, s.table.Slot)
+// missPublication notes that the publication is not what it was.
+func (s *session) missPublication() error {
+	sql := fmt.Sprintf("UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'", s.table.Schema, s.table.Slot)
+	return s.miss(fmt.Sprintf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over", s.table.Publication, s.table),
+		"see to those rows, then accept the publication as it is: "+sql, sql)
 }
 
 // verifyStream makes sure that the stream still holds, or held, the message
@@ -183,9 +189,10 @@ func (s *session) verifyStream(ctx context.Context, cp *checkpoint.Checkpoint, s
 
 // forgot is the choice where nothing tells what the broker forgot.
 func (s *session) forgot(what string) error {
-	return fmt.Errorf("%s. Go on behind the stream's end: UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s', "+
-		"and publish the lost events again from their rows: `outbox-relay replay`. With OUTBOX_CONFIRM_DELAY longer than the broker's sync interval the relay sends them again by itself",
-		what, s.table.Schema, s.stream.Last, s.table.Slot)
+	sql := fmt.Sprintf("UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
+		s.table.Schema, s.stream.Last, s.table.Slot)
+	return &fault.Error{What: what, SQL: sql, Remedy: "go on behind the stream's end: " + sql +
+		", and publish the lost events again from their rows: `outbox-relay replay`. With OUTBOX_CONFIRM_DELAY longer than the broker's sync interval the relay sends them again by itself"}
 }
 
 // forgotten says what the broker forgot; empty: nothing.

@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 
+	"outbox-relay/internal/fault"
 	"outbox-relay/internal/lsn"
 )
 
@@ -52,16 +53,19 @@ func (s Slot) Lost() bool { return s.WALStatus == "lost" }
 // Check returns an error that says why a relay of this database can't use the
 // slot, and what to do.
 func (s Slot) Check(database string) error {
-	drop := fmt.Sprintf("choose another OUTBOX_SLOT, or remove it: SELECT pg_drop_replication_slot('%s')", s.Name)
+	const another = "choose another OUTBOX_SLOT"
+	sql := fmt.Sprintf("SELECT pg_drop_replication_slot('%s')", s.Name)
 	switch {
 	case s.Type != "logical" || s.Plugin != "pgoutput":
-		return fmt.Errorf("slot %s is a %s slot of plugin %q, and the relay needs pgoutput: %s", s.Name, s.Type, s.Plugin, drop)
+		return &fault.Error{What: fmt.Sprintf("slot %s is a %s slot of plugin %q, and the relay needs pgoutput", s.Name, s.Type, s.Plugin),
+			Remedy: another + ", or remove it: " + sql, SQL: sql}
 	case s.Database != database:
-		return fmt.Errorf("slot %s belongs to database %q, not to %q: choose another OUTBOX_SLOT", s.Name, s.Database, database)
+		return &fault.Error{What: fmt.Sprintf("slot %s belongs to database %q, not to %q", s.Name, s.Database, database), Remedy: another}
 	case s.Temporary:
-		return fmt.Errorf("slot %s is temporary: choose another OUTBOX_SLOT", s.Name)
+		return &fault.Error{What: fmt.Sprintf("slot %s is temporary", s.Name), Remedy: another}
 	case s.TwoPhase:
-		return fmt.Errorf("slot %s decodes prepared transactions before they commit (two_phase): %s", s.Name, drop)
+		return &fault.Error{What: fmt.Sprintf("slot %s decodes prepared transactions before they commit (two_phase)", s.Name),
+			Remedy: another + ", or remove it: " + sql, SQL: sql}
 	}
 	return nil
 }

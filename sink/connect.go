@@ -17,6 +17,8 @@ import (
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
+
+	"outbox-relay/internal/fault"
 )
 
 // minServer is the oldest NATS server that the fault suite was run on, and the
@@ -159,17 +161,19 @@ func (c *Client) dial(ctx context.Context) error {
 			return nil
 		}
 		if errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrAuthRevoked) {
-			return fmt.Errorf("connect to NATS: %w: check OUTBOX_NATS_CREDS, _NKEY, _USER and _PASSWORD, or _TOKEN", err)
+			return &fault.Error{What: "connect to NATS: " + err.Error(), Cause: err,
+				Remedy: "check OUTBOX_NATS_CREDS, _NKEY, _USER and _PASSWORD, or _TOKEN"}
 		}
 		if permanent(err) {
 			return fmt.Errorf("connect to NATS: %w", err)
 		}
+		unreached := &fault.Error{What: "connect to NATS: " + err.Error(), Remedy: "start it, or correct OUTBOX_NATS_URL"}
 		if !waiting {
-			c.log.Warn("waiting for NATS", "error", err, "remedy", "start it, or correct OUTBOX_NATS_URL")
+			c.log.Warn("waiting for NATS", "error", err, "remedy", unreached.Remedy)
 			waiting = true
 		}
-		if err := pause(ctx, Backoff(attempt)); err != nil {
-			return err
+		if unreached.Cause = pause(ctx, Backoff(attempt)); unreached.Cause != nil {
+			return unreached
 		}
 	}
 }
@@ -203,10 +207,10 @@ func (c *Client) checkServer() error {
 		return err
 	}
 	if slices.Compare(has[:], least[:]) < 0 {
-		return fmt.Errorf("the NATS server is version %s: the relay needs %s or newer", version, minServer)
+		return &fault.Error{What: "the NATS server is version " + version, Remedy: "the relay needs " + minServer + " or newer"}
 	}
 	if !c.nc.HeadersSupported() {
-		return fmt.Errorf("the NATS server does not support headers, which carry the ids: set no_header_support to false")
+		return &fault.Error{What: "the NATS server does not support headers, which carry the ids", Remedy: "set no_header_support to false"}
 	}
 	return nil
 }

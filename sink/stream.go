@@ -3,18 +3,22 @@ package sink
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/textproto"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/errgroup"
+
+	"outbox-relay/internal/fault"
 )
 
 // StreamConfig names the stream. What follows Create is used at creation only.
@@ -71,7 +75,7 @@ func (c *Client) OpenStream(ctx context.Context, owner StreamConfig) (Stream, er
 		return Stream{}, err
 	}
 	if err := refuse(info.Config, owner); err != nil {
-		return Stream{}, fmt.Errorf("%w: stream %s %w", ErrStream, owner.Name, err)
+		return Stream{}, fmt.Errorf("%w: %w", ErrStream, err)
 	}
 	return stream(info), nil
 }
@@ -101,15 +105,19 @@ func (c *Client) info(ctx context.Context, name string) (*jetstream.StreamInfo, 
 	case errors.Is(err, jetstream.ErrStreamNotFound):
 		return nil, err
 	case errors.Is(err, jetstream.ErrJetStreamNotEnabled), errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount):
-		return nil, fmt.Errorf("%w: JetStream is not enabled at the server, or not for the relay's account: start nats-server with -js, or enable it for the account", ErrStream)
+		return nil, noJetStream("JetStream is not enabled at the server, or not for the relay's account", ", or enable it for the account")
 	case errors.Is(err, nats.ErrNoResponders) && !c.mayHaveJetStream():
-		return nil, fmt.Errorf("%w: JetStream is not enabled at the server: start nats-server with -js", ErrStream)
+		return nil, noJetStream("JetStream is not enabled at the server", "")
 	case errors.Is(err, nats.ErrNoResponders):
 		return nil, fmt.Errorf("JetStream does not answer (not enabled, not ready, or the wrong OUTBOX_NATS_DOMAIN): %w", err)
 	case err != nil:
 		return nil, fmt.Errorf("read stream %s: %w", name, err)
 	}
 	return s.CachedInfo(), nil
+}
+
+func noJetStream(what, or string) error {
+	return fmt.Errorf("%w: %w", ErrStream, &fault.Error{What: what, Remedy: "start nats-server with -js" + or, Shell: "nats-server -js"})
 }
 
 // mayHaveJetStream reports whether anybody within reach may ever answer: a
@@ -165,46 +173,77 @@ func explainCreate(err error, owner StreamConfig) error {
 
 // refuse names why a stream can't keep the promise, and what to do.
 func refuse(config jetstream.StreamConfig, owner StreamConfig) error {
-	system, slot := config.Metadata[metaSystem], config.Metadata[metaSlot]
-	fault := fault(config)
-	switch {
-	case fault != nil:
-		return fmt.Errorf("%w: change or replace it, or choose another OUTBOX_STREAM", fault)
-	case !covered(owner.Subjects, config.Subjects):
-		return fmt.Errorf("has subjects %s, which do not cover %s: add it, or change OUTBOX_SUBJECT or OUTBOX_STREAM", strings.Join(config.Subjects, ", "), owner.Subjects)
-	case slot != "" && (slot != owner.Slot || system != owner.SystemID):
-		return fmt.Errorf("belongs to another relay (slot %s of Postgres cluster %s): one stream has one relay: choose another OUTBOX_STREAM", slot, system)
-	}
-	return nil
+	f := streamFaults(config, owner)
+	return cmp.Or(f.Kind, f.Subjects, f.Owner)
 }
 
-// fault names what no relay's stream may be.
-func fault(config jetstream.StreamConfig) error {
+// StreamFaults is why a stream can't keep the promise, each part on its own; nil
+// where it can.
+type StreamFaults struct {
+	Kind     error // no relay's stream may be such a one
+	Subjects error // it does not take all that may be published
+	Owner    error // it is another relay's
+}
+
+func streamFaults(config jetstream.StreamConfig, owner StreamConfig) (f StreamFaults) {
+	if edit, err := unfit(config); err != nil {
+		f.Kind = &fault.Error{What: "stream " + config.Name + " " + err.Error(), Remedy: "change or replace it, or choose another OUTBOX_STREAM",
+			Shell: edited(config.Name, edit)}
+	}
+	if !covered(owner.Subjects, config.Subjects) {
+		f.Subjects = &fault.Error{What: fmt.Sprintf("stream %s has subjects %s, which do not cover %s", config.Name, strings.Join(config.Subjects, ", "), owner.Subjects),
+			Remedy: "add it, or change OUTBOX_SUBJECT or OUTBOX_STREAM",
+			Shell:  fmt.Sprintf("nats stream edit %s --force --subjects='%s'", config.Name, strings.Join(append(slices.Clone(config.Subjects), owner.Subjects), ","))}
+	}
+	if system, slot := config.Metadata[metaSystem], config.Metadata[metaSlot]; slot != "" && (slot != owner.Slot || system != owner.SystemID) {
+		f.Owner = &fault.Error{What: fmt.Sprintf("stream %s belongs to another relay (slot %s of Postgres cluster %s): one stream has one relay", config.Name, slot, system),
+			Remedy: "choose another OUTBOX_STREAM"}
+	}
+	return f
+}
+
+// edited is a command that changes what `nats stream edit` has no flag for: edit
+// is jq's, on the stream's configuration. Empty: it can't be changed.
+func edited(stream, edit string) string {
+	if edit == "" {
+		return ""
+	}
+	return fmt.Sprintf("nats stream info %[1]s --json | jq '.config | %[2]s' > %[1]s.json && nats stream edit %[1]s --force --config=%[1]s.json", stream, edit)
+}
+
+// Command is what makes the stream by hand, as the relay would.
+func (c StreamConfig) Command() string {
+	return fmt.Sprintf("nats stream add %s --subjects='%s' --storage=file --retention=limits --discard=old --replicas=%d --max-age=%s --dupe-window=%s --allow-direct --defaults",
+		c.Name, c.Subjects, c.Replicas, c.MaxAge, c.DuplicateWindow)
+}
+
+// unfit names what no relay's stream may be, and the edit that changes it in place.
+func unfit(config jetstream.StreamConfig) (edit string, err error) {
 	switch {
 	case config.Mirror != nil:
-		return errors.New("is a mirror: nothing can be published to it")
+		return "", errors.New("is a mirror: nothing can be published to it")
 	case len(config.Sources) > 0:
-		return errors.New("has sources: their messages would break the order")
+		return "del(.sources)", errors.New("has sources: their messages would break the order")
 	case config.SubjectDeleteMarkerTTL > 0:
-		return errors.New("writes subject delete markers: they would stand between the events")
+		return "del(.subject_delete_marker_ttl)", errors.New("writes subject delete markers: they would stand between the events")
 	case config.AllowMsgCounter:
-		return errors.New("is a stream of counters: it takes no payload")
+		return "", errors.New("is a stream of counters: it takes no payload")
 	case config.AllowMsgSchedules:
-		return errors.New("allows message schedules: the server's own messages would stand between the events")
+		return "", errors.New("allows message schedules: the server's own messages would stand between the events")
 	case config.Retention == jetstream.InterestPolicy:
-		return errors.New("has interest retention: without a consumer it drops messages: use limits or workqueue")
+		return `.retention = "limits"`, errors.New("has interest retention: without a consumer it drops messages: use limits or workqueue")
 	case config.Storage == jetstream.MemoryStorage:
-		return errors.New("keeps its messages in memory: a restart of the server would lose them: use file storage")
+		return "", errors.New("keeps its messages in memory: a restart of the server would lose them: use file storage")
 	case config.DiscardNewPerSubject:
-		return errors.New("has discard_new_per_subject: a full subject would stop all others")
+		return "del(.discard_new_per_subject)", errors.New("has discard_new_per_subject: a full subject would stop all others")
 	case config.NoAck:
-		return errors.New("has no_ack: the relay would never know what is stored")
+		return "del(.no_ack)", errors.New("has no_ack: the relay would never know what is stored")
 	case config.Sealed:
-		return errors.New("is sealed")
+		return "", errors.New("is sealed")
 	case config.PersistMode == jetstream.AsyncPersistMode:
-		return errors.New("persists asynchronously: it acknowledges messages that are not written")
+		return "", errors.New("persists asynchronously: it acknowledges messages that are not written")
 	}
-	return nil
+	return "", nil
 }
 
 // covered reports whether one of the subjects matches all that pattern matches.
