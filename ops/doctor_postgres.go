@@ -81,23 +81,24 @@ func (e *examination) checkLink(ctx context.Context) {
 	} else {
 		e.ok("pooler", "none: the server itself answers")
 	}
-	e.checkTLS(link)
+	state, f := judgeTLS(e.sql.Config(), link.TLS)
+	e.add("tls", state, f)
 }
 
-func (e *examination) checkTLS(link outbox.Link) {
-	config := e.sql.Config()
+// judgeTLS judges what the server says of the connection's encryption; empty: it
+// has none. Within the machine it needs none.
+func judgeTLS(config *pgx.ConnConfig, inUse string) (state string, f *fault.Error) {
 	local := isLocal(config.Host)
+	const remedy = "add sslmode=verify-full and sslrootcert to OUTBOX_POSTGRES_URL"
 	switch {
-	case link.TLS == "" && local:
-		e.ok("tls", "none, on this machine")
-	case link.TLS == "":
-		e.warn("tls", &fault.Error{What: "the connection is not encrypted", Remedy: "add sslmode=verify-full and sslrootcert to OUTBOX_POSTGRES_URL"})
+	case inUse == "" && local:
+		return stateOK, &fault.Error{What: "none, on this machine"}
+	case inUse == "":
+		return stateWarning, &fault.Error{What: "the connection is not encrypted", Remedy: remedy}
 	case !verified(config) && !local:
-		e.warn("tls", &fault.Error{What: link.TLS + "; nobody looks whether the server is the one that is meant",
-			Remedy: "add sslmode=verify-full and sslrootcert to OUTBOX_POSTGRES_URL"})
-	default:
-		e.ok("tls", "%s; %s", link.TLS, binding(config))
+		return stateWarning, &fault.Error{What: inUse + "; nobody looks whether the server is the one that is meant", Remedy: remedy}
 	}
+	return stateOK, &fault.Error{What: inUse + "; " + binding(config)}
 }
 
 // verified reports whether the server's certificate is looked at: pgx does so by

@@ -6,8 +6,10 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/jackc/pgx/v5"
@@ -233,6 +235,7 @@ func TestDoctorOfAServer(t *testing.T) {
 	requireAll(d, d.diagnose(d.doctor()), append(streamLines, "postgres.slot_wal", "postgres.slot_reader", "postgres.slot_failover", "nats.stream_durability")...)
 	line := d.diagnose(d.doctor(keep))["postgres.slot_limits"]
 	d.requireLine(ailment{check: "postgres.slot_limits", state: "warning", words: []string{"is 50GB", "OUTBOX_AFTER_PUBLISH=keep"}}, line)
+	d.requireTLS()
 	if cluster.Version() < 17 {
 		return
 	}
@@ -248,6 +251,35 @@ func TestDoctorOfAServer(t *testing.T) {
 	d.requireLine(ailment{check: "postgres.standbys", state: "fault", words: []string{"synchronized_standby_slots names other", "no event is sent"}, cure: "sql"}, line)
 	d.run(line.SQL)
 	standbys("ok")
+}
+
+// requireTLS gives the server a certificate, and requires that the doctor says
+// what is in use.
+func (d *desk) requireTLS() {
+	d.Helper()
+	a := testenv.NewAuthority(d)
+	a.Issue("server")
+	data := ask[string](d, `show data_directory`)
+	owner, err := os.Stat(data)
+	d.must(err)
+	for from, to := range map[string]string{"server.pem": "server.crt", "server.key": "server.key"} {
+		text, err := os.ReadFile(a.Path(from))
+		d.must(err)
+		d.must(os.WriteFile(filepath.Join(data, to), text, 0o600))
+		d.must(os.Chown(filepath.Join(data, to), int(owner.Sys().(*syscall.Stat_t).Uid), -1))
+	}
+	d.run(`alter system set ssl = on; select pg_reload_conf()`)
+	address, err := url.Parse(d.url)
+	d.must(err)
+	address.Host = "localhost:" + address.Port()
+	address.RawQuery = url.Values{"sslmode": {"verify-full"}, "sslrootcert": {a.Path("ca.pem")}}.Encode()
+	secured := d.doctor(func(c *relay.Config) { c.Postgres = func() (string, error) { return address.String(), nil } })
+	testenv.Eventually(d, "TLS", func() bool { return d.diagnose(secured)["postgres.connection"].State == "ok" })
+	if line := d.diagnose(secured)["postgres.tls"]; line.State != "ok" || !strings.Contains(line.Found, "TLSv1.3, TLS_AES_") {
+		d.Errorf("by TLS: %+v", line)
+	}
+	address.RawQuery = url.Values{"sslmode": {"verify-full"}, "sslrootcert": {testenv.NewAuthority(d).Path("ca.pem")}}.Encode()
+	d.requireLine(ailment{check: "postgres.connection", state: "fault", words: []string{"unknown authority", "sslrootcert"}}, d.diagnose(secured)["postgres.connection"])
 }
 
 // readmeGrants is the SQL of the README that gives a role its rights.

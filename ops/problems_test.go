@@ -4,6 +4,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
+
 	"outbox-relay/checkpoint"
 )
 
@@ -47,6 +49,29 @@ func TestProblems(t *testing.T) {
 		found := s.problems()
 		if len(found) != 1 || !strings.Contains(found[0].What, c.what) || !strings.Contains(found[0].Remedy, c.remedy) {
 			t.Errorf("%s: %+v", c.name, found)
+		}
+	}
+}
+
+// Beyond the machine a connection has to be encrypted, and the server verified.
+func TestJudgeTLS(t *testing.T) {
+	for _, c := range []struct{ url, inUse, state, says string }{
+		{"postgres://relay@localhost/app?sslmode=disable", "", stateOK, "on this machine"},
+		{"postgres://relay@127.0.0.1/app?sslmode=require", "TLSv1.3", stateOK, "TLSv1.3"},
+		{"postgres://relay@db.example/app?sslmode=prefer", "", stateWarning, "not encrypted"},
+		{"postgres://relay@db.example/app?sslmode=require", "TLSv1.3", stateWarning, "nobody looks"},
+		{"postgres://relay@db.example/app?sslmode=verify-ca", "TLSv1.3", stateOK, "channel_binding=require makes sure"},
+		{"postgres://relay@db.example/app?sslmode=verify-full&channel_binding=disable", "TLSv1.3", stateOK, "channel binding is off"},
+		{"postgres://relay@db.example/app?sslmode=verify-full&channel_binding=require", "TLSv1.3", stateOK, "the password is bound to it"},
+		{"host=/var/run/postgresql user=relay dbname=app", "", stateOK, "on this machine"},
+	} {
+		config, err := pgx.ParseConfig(c.url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		state, f := judgeTLS(config, c.inUse)
+		if state != c.state || !strings.Contains(f.What, c.says) || (state == stateWarning) != (f.Remedy != "") {
+			t.Errorf("%s: %s, %+v", c.url, state, f)
 		}
 	}
 }
