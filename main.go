@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"runtime"
 	"runtime/debug"
 	"syscall"
 
@@ -162,6 +163,7 @@ func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector())
+	registry.MustRegister(buildInfo())
 	r := relay.New(relayConfig(cfg), log, relay.NewMetrics(registry))
 	log.Info("outbox-relay", "version", buildVersion(), "table", cfg.Postgres.Table.String(), "slot", cfg.Postgres.Slot,
 		"stream", cfg.Stream.Name, "after_publish", string(cfg.AfterPublish))
@@ -296,6 +298,16 @@ func logger(cfg config.Log, w io.Writer) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
+}
+
+// buildInfo is a metric that tells which relay runs.
+func buildInfo() prometheus.Collector {
+	info := prometheus.NewGauge(prometheus.GaugeOpts{
+		Namespace: "outbox_relay", Name: "build_info", Help: "1, with the version of the relay and of Go that it was built by.",
+		ConstLabels: prometheus.Labels{"version": buildVersion(), "goversion": runtime.Version()},
+	})
+	info.Set(1)
+	return info
 }
 
 func buildVersion() string {

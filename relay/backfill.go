@@ -120,12 +120,13 @@ func newProgress(s *session, total int) *progress {
 		s.log.Info("publishing the rows that do not come out of the slot", "rows", total)
 	}
 	s.relay.metrics.backlog.Set(float64(total))
+	s.relay.metrics.backlogLeft.Set(float64(total))
 	return &progress{session: s, total: total, began: now, told: now}
 }
 
 func (p *progress) add(rows int) {
 	p.done += rows
-	p.relay.metrics.backlog.Set(float64(max(0, p.total-p.done)))
+	p.relay.metrics.backlogLeft.Set(float64(max(0, p.total-p.done)))
 	if time.Since(p.told) < progressEvery {
 		return
 	}
@@ -137,7 +138,7 @@ func (p *progress) add(rows int) {
 }
 
 func (p *progress) end() {
-	p.relay.metrics.backlog.Set(0)
+	p.relay.metrics.backlogLeft.Set(0)
 	if p.done > 0 {
 		p.log.Info("published the rows that do not come out of the slot", "rows", p.done, "took", time.Since(p.began).Round(time.Millisecond))
 	}

@@ -146,7 +146,6 @@ func (p *pipeline) publishBatch(b checkpoint.TableBatch, rows map[string]*outbox
 		return err
 	}
 	p.source = "" // nothing of it is under way any more
-	p.relay.metrics.fromTable(b.Source, len(b.Left()))
 	return nil
 }
 
@@ -157,7 +156,11 @@ func (p *pipeline) row(b checkpoint.TableBatch, place int, row *outbox.Row) erro
 	if err != nil {
 		return err
 	}
-	if p.known(index) {
+	var aggregateType []byte // of a row that is gone nobody knows it
+	if row != nil {
+		aggregateType = row.Event.AggregateType
+	}
+	if p.known(index, aggregateType) {
 		return nil
 	}
 	if row == nil || b.Run == "" && !row.Pending() {

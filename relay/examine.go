@@ -33,8 +33,8 @@ func Examine(config Config) *Examination {
 // Close closes all connections.
 func (e *Examination) Close() {
 	e.s.close()
-	if e.s.relay.client != nil {
-		e.s.relay.client.Close()
+	if client := e.s.relay.client.Load(); client != nil {
+		client.Close()
 	}
 }
 
@@ -70,7 +70,7 @@ func (e *Examination) Replication(ctx context.Context) (replication.System, erro
 // client.
 func (e *Examination) NATS(ctx context.Context) (*sink.Client, error) {
 	client, err := sink.Connect(ctx, e.s.relay.config.Sink(e.s.system), e.s.log)
-	e.s.relay.client = client
+	e.s.relay.client.Store(client)
 	return client, err
 }
 

@@ -160,6 +160,7 @@ func TestStandbyIsAwaited(t *testing.T) {
 func TestFailoverThatLosesTransactions(t *testing.T) {
 	t.Parallel()
 	p := setupPair(t)
+	p.serveMetrics()
 	r := p.streaming(noWindow)
 	ids := p.insert(20)
 	p.requireStatus("published", ids)
@@ -180,6 +181,9 @@ func TestFailoverThatLosesTransactions(t *testing.T) {
 		}
 	}
 	r.WaitLog("transactions are lost")
+	if n := p.metric("outbox_relay_phantom_events_total"); int(n) != len(phantoms) {
+		t.Errorf("%v phantoms were counted, want %d", n, len(phantoms))
+	}
 	for _, id := range phantoms {
 		if !strings.Contains(r.Logs(), id) {
 			t.Fatalf("phantom %s is not told", id)

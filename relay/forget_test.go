@@ -42,6 +42,7 @@ func TestBrokerForgetsWhatTheSlotStillHas(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			t.Parallel()
 			f := &forgetful{bundle: setup(t)}
+			f.serveMetrics()
 			changes := []string{noWindow, "CONFIRM_DELAY=1h", "AFTER_PUBLISH=" + mode}
 			r := f.streaming(changes...)
 			ids := f.insert(20)
@@ -53,6 +54,9 @@ func TestBrokerForgetsWhatTheSlotStillHas(t *testing.T) {
 			ids = append(ids, f.insert(7)...)
 			f.requireStream(ids)
 			r.WaitLog("the broker forgot messages")
+			if n := f.metric("outbox_relay_broker_forgot_total"); n != 1 {
+				t.Errorf("the broker forgot %v times, by the metrics", n)
+			}
 
 			f.requireRecorded(ids)
 			f.save()

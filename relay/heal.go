@@ -150,7 +150,7 @@ const tailPart = 8192
 // checkpoint, which moves along.
 func (s *session) settleTail(ctx context.Context, cp *checkpoint.Checkpoint) error {
 	for cp.Sequence < s.stream.Last {
-		tail, err := s.relay.client.Tail(ctx, s.stream, cp.Sequence, tailPart)
+		tail, err := s.relay.client.Load().Tail(ctx, s.stream, cp.Sequence, tailPart)
 		if err != nil {
 			return err
 		}

@@ -54,7 +54,7 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 		blurred: from.found.Overtaken(),
 		number:  uint64(from.checkpoint.Backfilled),
 	}
-	p.chain = s.relay.client.NewChain(sink.Origin{Stream: s.stream, Message: s.message, Foreign: from.checkpoint.Foreign, Heritage: from.heritage}, p)
+	p.chain = s.relay.client.Load().NewChain(sink.Origin{Stream: s.stream, Message: s.message, Foreign: from.checkpoint.Foreign, Heritage: from.heritage}, p)
 	recorder.inflight = p.chain.InFlight
 	s.relay.chain.Store(p.chain)
 	return p
@@ -152,7 +152,7 @@ func (p *pipeline) event(e *outbox.Event) error {
 		return err
 	}
 	p.at = e.Position
-	if p.known(index) {
+	if p.known(index, e.AggregateType) {
 		return nil
 	}
 	if err := p.fill(e); err != nil {
@@ -180,7 +180,7 @@ func pending(e *outbox.Event) bool { return e.Status == nil || string(e.Status) 
 
 // known takes an event that was found in the stream. It returns false for others,
 // also for one that was overtaken there, and is still to be sent.
-func (p *pipeline) known(index uint64) bool {
+func (p *pipeline) known(index uint64, aggregateType []byte) bool {
 	if p.judged >= p.found.Proved {
 		return false
 	}
@@ -191,7 +191,9 @@ func (p *pipeline) known(index uint64) bool {
 		return false
 	}
 	p.tracker.Stored(index, sequence, !p.blurs(index))
-	p.relay.metrics.alreadyStored.Inc()
+	c := p.relay.metrics.types.of(aggregateType)
+	c.alreadyStored.Inc()
+	p.relay.metrics.fromTable(p.source, c)
 	return true
 }
 
@@ -264,7 +266,7 @@ func (p *pipeline) park(ctx context.Context, index uint64, e *outbox.Event, reas
 	whole := &outbox.Rejected{Reason: reason}
 	e.CopyTo(&whole.Event, nil)
 	p.tracker.Park(index, whole)
-	p.relay.metrics.parked.Inc()
+	p.relay.metrics.types.of(e.AggregateType).parked.Inc()
 	p.log.Warn("parked an event that can never be stored", "id", string(e.ID), "reason", reason, "position", e.Position.String())
 	return nil
 }
@@ -287,13 +289,17 @@ func (p *pipeline) halts(ctx context.Context, e *outbox.Event) (halt bool, err e
 func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, sent time.Time) {
 	p.tracker.Stored(index, sequence, stop && !p.blurs(index))
 	m := p.relay.metrics
+	c := m.types.of(e.AggregateType)
+	if e.Commit.IsZero() { // it came from the table: nothing else is under way then
+		m.fromTable(p.source, c)
+	}
 	if sent.IsZero() {
-		m.alreadyStored.Inc()
+		c.alreadyStored.Inc()
 		return
 	}
 	now := time.Now()
-	m.published.Inc()
-	m.publishedBytes.Add(float64(e.Size()))
+	c.published.Inc()
+	c.bytes.Add(float64(e.Size()))
 	m.publishSeconds.Observe(now.Sub(sent).Seconds())
 	if !e.Commit.IsZero() { // it came out of the slot
 		m.commitSeconds.Observe(now.Sub(e.Commit).Seconds())
@@ -318,4 +324,4 @@ func (p *pipeline) Foreign(ctx context.Context, messages int) error {
 }
 
 // Resync implements sink.Outcomes.
-func (p *pipeline) Resync(error) { p.relay.metrics.resyncs.Inc() }
+func (p *pipeline) Resync(reason sink.Reason) { p.relay.metrics.resyncs[reason].Inc() }

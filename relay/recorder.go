@@ -227,6 +227,10 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	}
 	r.barred = len(batch.Items) == 0 && r.tracker.Settled()
 	r.observe()
+	r.relay.vitals.clock.note(time.Now(), state.WALEnd)
+	if err := r.relay.vitals.look(ctx, r.table, r.sql, r.tracker.Safe); err != nil {
+		return false, err
+	}
 	return len(batch.Items) >= recordLimit, r.sweep(ctx)
 }
 

@@ -52,12 +52,13 @@ type Relay struct {
 	log     *slog.Logger
 	metrics *Metrics
 
-	state      atomic.Value // State
-	streamed   bool         // a session has streamed: what is wrong now was right before
-	client     *sink.Client
-	chain      atomic.Pointer[sink.Chain] // the last one
-	refused    atomic.Bool                // Postgres refuses to record outcomes
-	unreadable atomic.Pointer[unreadable] // a slot from which nothing more can be read
+	state      atomic.Value                // State
+	streamed   bool                        // a session has streamed: what is wrong now was right before
+	client     atomic.Pointer[sink.Client] // nil: not connected to NATS yet
+	chain      atomic.Pointer[sink.Chain]  // the last one
+	refused    atomic.Bool                 // Postgres refuses to record outcomes
+	unreadable atomic.Pointer[unreadable]  // a slot from which nothing more can be read
+	vitals     vitals                      // of the slot
 }
 
 // New returns a relay; nothing runs before Run.
@@ -70,6 +71,14 @@ func New(config Config, log *slog.Logger, metrics *Metrics) *Relay {
 
 // State returns where the relay stands. Safe for concurrent use.
 func (r *Relay) State() State { return r.state.Load().(State) }
+
+// reconnects counts those to NATS. Safe for concurrent use.
+func (r *Relay) reconnects() float64 {
+	if client := r.client.Load(); client != nil {
+		return float64(client.Reconnects())
+	}
+	return 0
+}
 
 // Trouble says why a relay that streams gets nowhere at present; empty: it does,
 // or does not stream. Safe for concurrent use.
@@ -91,8 +100,8 @@ func (r *Relay) Trouble() string {
 // pass, and returns an error for what can't.
 func (r *Relay) Run(ctx context.Context) error {
 	defer func() {
-		if r.client != nil {
-			r.client.Close()
+		if client := r.client.Load(); client != nil {
+			client.Close()
 		}
 	}()
 	var calm calmer

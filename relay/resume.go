@@ -85,7 +85,7 @@ func (s *session) match(ctx context.Context, from *origin, end pglogrepl.LSN) er
 		events = func(int, func(string) bool) (sink.Events, error) { return batchEvents(from.batch), nil }
 	}
 	var err error
-	from.found, err = s.relay.client.Resume(ctx, s.stream, cp.Sequence, cp.Foreign, bound, func(limit int, enough func(string) bool) (sink.Events, error) {
+	from.found, err = s.relay.client.Load().Resume(ctx, s.stream, cp.Sequence, cp.Foreign, bound, func(limit int, enough func(string) bool) (sink.Events, error) {
 		s.log.Info("matching the stream with the slot", "messages", s.stream.Last-cp.Sequence)
 		return events(limit, enough)
 	})

@@ -104,6 +104,9 @@ func (s *session) connect(ctx context.Context) error {
 		return err
 	}
 	s.known = err == nil && cp.Phase == checkpoint.Streaming
+	if err := s.relay.vitals.look(ctx, s.table, s.sql, nil); err != nil {
+		return err
+	}
 	return s.connectStream(ctx)
 }
 
@@ -135,6 +138,9 @@ func (s *session) awaitSlot(ctx context.Context) error {
 			return errSlotFree
 		default:
 			return nil
+		}
+		if err := s.relay.vitals.look(ctx, s.table, s.sql, nil); err != nil {
+			return err
 		}
 		if err := pause(ctx, standbyPause); err != nil {
 			return err
@@ -215,15 +221,18 @@ func (s *session) connectStream(ctx context.Context) error {
 	config := s.relay.config.Sink(s.system)
 	config.Stream.Create = config.Stream.Create && !s.known
 	s.message = config.Message
-	if s.relay.client == nil {
-		client, err := sink.Connect(ctx, config, s.log)
-		if err != nil {
+	client := s.relay.client.Load()
+	if client == nil {
+		var err error
+		if client, err = sink.Connect(ctx, config, s.log); err != nil {
 			return err
 		}
-		s.relay.client = client
+		s.relay.client.Store(client)
+		s.relay.metrics.inflightLimit.Set(float64(config.MaxInflight))
+		s.relay.metrics.bytesLimit.Set(float64(config.MaxBytes))
 	}
 	var err error
-	s.stream, err = s.relay.client.OpenStream(ctx, config.Stream)
+	s.stream, err = client.OpenStream(ctx, config.Stream)
 	return s.explainStream(err)
 }
 

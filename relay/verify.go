@@ -207,7 +207,7 @@ func (s *session) forgotten(ctx context.Context, cp checkpoint.Checkpoint) (stri
 	case cp.MessageID == "" || cp.Sequence == 0:
 		return "", nil
 	}
-	id, err := s.relay.client.MessageID(ctx, s.stream.Name, cp.Sequence)
+	id, err := s.relay.client.Load().MessageID(ctx, s.stream.Name, cp.Sequence)
 	switch {
 	case sink.Gone(err), err == nil && id == cp.MessageID:
 		return "", nil
@@ -248,7 +248,7 @@ func (s *session) earlier(ctx context.Context, slot replication.Slot) (*checkpoi
 		case e.Sequence == 0:
 			return &e, nil // nothing was stored yet
 		}
-		id, err := s.relay.client.MessageID(ctx, s.stream.Name, e.Sequence)
+		id, err := s.relay.client.Load().MessageID(ctx, s.stream.Name, e.Sequence)
 		switch {
 		case err == nil && id == e.MessageID:
 			return &e, nil

@@ -27,6 +27,22 @@ const (
 	codeHeadersTooLarge = 10097
 )
 
+// Codes that say that the message does not follow the one that it must follow: the
+// second where the stream is replicated.
+// Source: nats-server, server/errors.json.
+const (
+	codeWrongLastSequence         = 10071
+	codeWrongLastSequenceConstant = 10164
+)
+
+// reason is that of an error.
+func (a *ack) reason() Reason {
+	if a.code == codeWrongLastSequence || a.code == codeWrongLastSequenceConstant {
+		return OutOfOrder
+	}
+	return Refused
+}
+
 func (a *ack) permanent() bool {
 	return a.code == codeMessageTooLarge || a.code == codeHeadersTooLarge
 }

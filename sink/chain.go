@@ -43,7 +43,7 @@ type Outcomes interface {
 	// Foreign is called before the chain passes over messages of others.
 	Foreign(ctx context.Context, messages int) error
 	// Resync is called when the chain breaks, with why.
-	Resync(reason error)
+	Resync(Reason)
 }
 
 // Chain publishes events so that each carries the sequence that it must follow:
@@ -193,7 +193,7 @@ func (ch *Chain) begin(err error) {
 	defer ch.mu.Unlock()
 	ch.broken = nil
 	if err != nil {
-		ch.breakWith(fmt.Errorf("subscribe to acks: %w", err))
+		ch.breakWith(Disconnected, fmt.Errorf("subscribe to acks: %w", err))
 	}
 	ch.changed.Broadcast()
 }
@@ -403,8 +403,9 @@ func (ch *Chain) answer(msg *nats.Msg) {
 		return
 	}
 	a, err := parseAck(msg.Data)
+	reason := Misrouted
 	if len(msg.Data) == 0 {
-		err = nats.ErrNoResponders
+		err, reason = nats.ErrNoResponders, Unanswered
 	}
 	now := time.Now()
 	ch.mu.Lock()
@@ -414,7 +415,7 @@ func (ch *Chain) answer(msg *nats.Msg) {
 	}
 	en := ch.at(number)
 	if err != nil { // not an answer of the stream: the copy stays unknown
-		ch.breakWith(err)
+		ch.breakWith(reason, err)
 		return
 	}
 	if en.copies > 0 {
@@ -435,12 +436,12 @@ func (ch *Chain) take(en *entry, a ack) {
 		if a.permanent() {
 			en.refused = fmt.Sprintf("the stream refuses it: %s (JetStream error %d)", a.text, a.code)
 		}
-		ch.breakWith(fmt.Errorf("the stream refuses a message: %s (JetStream error %d)", a.text, a.code))
+		ch.breakWith(a.reason(), fmt.Errorf("the stream refuses a message: %s (JetStream error %d)", a.text, a.code))
 	case string(a.stream) != ch.stream.Name:
-		ch.breakWith(fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name))
+		ch.breakWith(Misrouted, fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name))
 	case a.sequence != en.sequence:
 		en.twin = a.sequence
-		ch.breakWith(fmt.Errorf("a message is stored at sequence %d and was expected at %d", a.sequence, en.sequence))
+		ch.breakWith(Duplicate, fmt.Errorf("a message is stored at sequence %d and was expected at %d", a.sequence, en.sequence))
 	default:
 		en.stored = true
 		ch.probing = false
@@ -481,7 +482,7 @@ func (ch *Chain) checkSilence(now time.Time) {
 		return
 	}
 	if now.Sub(ch.at(ch.head).sent) > ackWait && now.Sub(ch.heard) > ackWait {
-		ch.breakWith(fmt.Errorf("no answer from the stream for %s", ackWait))
+		ch.breakWith(Unanswered, fmt.Errorf("no answer from the stream for %s", ackWait))
 	}
 }
 
@@ -492,18 +493,19 @@ func (ch *Chain) reconnected() {
 	ch.quiet = time.Now()
 }
 
+// fail says that the connection is lost, or does not take a message.
 func (ch *Chain) fail(err error) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
-	ch.breakWith(err)
+	ch.breakWith(Disconnected, err)
 }
 
 // breakWith stops sending until a resync. ch.mu is held.
-func (ch *Chain) breakWith(err error) {
+func (ch *Chain) breakWith(reason Reason, err error) {
 	if ch.broken != nil {
 		return
 	}
-	ch.broken = err
+	ch.broken = &breakage{reason, err}
 	select {
 	case ch.trouble <- struct{}{}:
 	default:

@@ -17,7 +17,7 @@ type indifferent struct{}
 func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time)         {}
 func (indifferent) Rejected(context.Context, uint64, *outbox.Event, string) error { return nil }
 func (indifferent) Foreign(context.Context, int) error                            { return nil }
-func (indifferent) Resync(error)                                                  {}
+func (indifferent) Resync(Reason)                                                 {}
 
 // runChain runs a chain behind the stream's last message until the function that
 // it returns is called, which waits for its end.

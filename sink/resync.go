@@ -25,7 +25,7 @@ func (ch *Chain) resync(ctx context.Context) error {
 	}
 	defer func() { <-ch.sending }()
 	why := ch.Broken()
-	ch.outcomes.Resync(why)
+	ch.outcomes.Resync(reasonOf(why))
 	attempt := ch.interrupt(why)
 	r := resyncer{Chain: ch}
 	for ; ; attempt++ {

@@ -147,7 +147,7 @@ func (indifferent) Rejected(_ context.Context, _ uint64, _ *outbox.Event, reason
 	return errors.New(reason)
 }
 func (indifferent) Foreign(context.Context, int) error { return errors.New("messages of others") }
-func (indifferent) Resync(error)                       {}
+func (indifferent) Resync(sink.Reason)                 {}
 
 // storing returns how long it took from the first to the last of the stream's
 // messages, and removes the stream.
