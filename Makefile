@@ -1,5 +1,5 @@
 # What the tests need beside Go, they bring: Postgres by npm where the machine
-# has none of 15 or newer.
+# has none of 15 or newer, Prometheus and promtool out of Debian's package.
 
 GO ?= go
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
