@@ -160,6 +160,7 @@ func admin(cfg config.Config, std streams) ops.Admin {
 // relayEvents runs the relay and its HTTP server until ctx ends.
 func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 	log := logger(cfg.Log, std.err)
+	cfg.MaxInflightBytes = limitMemory(cfg.MaxInflightBytes, log)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector())

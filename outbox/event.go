@@ -86,9 +86,10 @@ func (e *Event) Size() int {
 	return n
 }
 
-// CopyTo copies the event into dst, its values into buf, which is grown as
-// needed and returned. dst is valid as long as buf is not used again.
-func (e *Event) CopyTo(dst *Event, buf []byte) []byte {
+// CopyTo copies the event into dst, its values into buf if that has room for
+// e.Size() bytes, else into memory of their own. dst is valid as long as buf is not
+// used again.
+func (e *Event) CopyTo(dst *Event, buf []byte) {
 	if need := e.Size(); cap(buf) < need {
 		buf = make([]byte, 0, need)
 	}
@@ -106,7 +107,6 @@ func (e *Event) CopyTo(dst *Event, buf []byte) []byte {
 	for i, v := range e.Extra {
 		dst.Extra[i], buf = keep(buf, v)
 	}
-	return buf
 }
 
 // keep appends v to buf and returns the copy; NULL stays NULL. buf must have

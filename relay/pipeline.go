@@ -286,7 +286,7 @@ func (p *pipeline) halts(ctx context.Context, e *outbox.Event) (halt bool, err e
 }
 
 // Stored implements sink.Outcomes.
-func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, sent time.Time) {
+func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, sent, answered time.Time) {
 	p.tracker.Stored(index, sequence, stop && !p.blurs(index))
 	m := p.relay.metrics
 	c := m.types.of(e.AggregateType)
@@ -297,12 +297,11 @@ func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, se
 		c.alreadyStored.Inc()
 		return
 	}
-	now := time.Now()
 	c.published.Inc()
 	c.bytes.Add(float64(e.Size()))
-	m.publishSeconds.Observe(now.Sub(sent).Seconds())
+	m.publishSeconds.Observe(answered.Sub(sent).Seconds())
 	if !e.Commit.IsZero() { // it came out of the slot
-		m.commitSeconds.Observe(now.Sub(e.Commit).Seconds())
+		m.commitSeconds.Observe(answered.Sub(e.Commit).Seconds())
 	}
 }
 

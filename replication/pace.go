@@ -45,7 +45,7 @@ func (p *pacedReader) Read(dst []byte) (int, error) {
 func (p *pacedReader) fill() error {
 	p.idle()
 	if p.busy {
-		time.Sleep(pileUp)
+		nap(pileUp)
 	}
 	n, err := p.r.Read(p.buf)
 	p.begin, p.end = 0, n

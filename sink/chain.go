@@ -34,8 +34,8 @@ type Outcomes interface {
 	// stop says that the checkpoint can stop at the event: it can't where a
 	// foreign message let events overtake each other. e is valid until it
 	// returns; sent is when the copy that was answered left, zero where the
-	// event was found in the stream.
-	Stored(index, sequence uint64, stop bool, e *outbox.Event, sent time.Time)
+	// event was found in the stream, and answered when its answer came.
+	Stored(index, sequence uint64, stop bool, e *outbox.Event, sent, answered time.Time)
 	// Rejected is called when the server says that it can never store the
 	// event, with all before it stored. It returns when the event may be left
 	// behind; an error ends the chain. e is valid until it returns.
@@ -74,6 +74,7 @@ type Chain struct {
 	mu         sync.Mutex
 	changed    sync.Cond
 	ring       []entry // capacity is a power of two; number n lives at n&mask
+	memory     arena   // what the events in the window point into
 	head, tail uint64  // numbers of the first and one past the last event in the window
 	bytes      int
 	last       uint64    // up to it the stream's messages are accounted for
@@ -93,7 +94,6 @@ type Chain struct {
 type entry struct {
 	index    uint64 // the outcomes' name for it
 	event    outbox.Event
-	buf      []byte // what event points into
 	size     int
 	sequence uint64 // at which it must be, or is, stored
 	sent     time.Time
@@ -107,9 +107,6 @@ type entry struct {
 // probeAfter is how long the stream may be silent before the next event is sent
 // alone.
 const probeAfter = 10 * time.Millisecond
-
-// keepBuffer is the largest buffer that an entry keeps for its next event.
-const keepBuffer = 16 << 10
 
 // Heritage is what an earlier chain may have sent that has not landed yet: the
 // first events behind the checkpoint, at most so many, up to an LSN.
@@ -370,8 +367,8 @@ func (ch *Chain) append(index uint64, e *outbox.Event, size int) uint64 {
 	}
 	number := ch.tail
 	en := ch.at(number)
-	*en = entry{index: index, size: size, buf: en.buf, event: outbox.Event{Extra: en.event.Extra}}
-	en.buf = e.CopyTo(&en.event, en.buf)
+	en.index, en.size = index, size
+	e.CopyTo(&en.event, ch.memory.take(size))
 	ch.tail++
 	ch.bytes += size
 	return number
@@ -458,7 +455,7 @@ func (ch *Chain) pop() {
 		}
 		ch.last = max(ch.last, en.sequence)
 		ch.goOn()
-		ch.outcomes.Stored(en.index, en.sequence, !en.blurred, &en.event, en.sent)
+		ch.outcomes.Stored(en.index, en.sequence, !en.blurred, &en.event, en.sent, ch.heard)
 		ch.release(en)
 	}
 }
@@ -467,9 +464,9 @@ func (ch *Chain) pop() {
 func (ch *Chain) release(en *entry) {
 	ch.unanswered -= en.copies
 	ch.bytes -= en.size
-	if cap(en.buf) > keepBuffer {
-		en.buf, en.event = nil, outbox.Event{}
-	}
+	clear(en.event.Extra) // nothing keeps the memory that the event pointed into
+	*en = entry{event: outbox.Event{Extra: en.event.Extra}}
+	ch.memory.release()
 	ch.head++
 	ch.changed.Broadcast()
 }

@@ -14,10 +14,10 @@ import (
 // indifferent takes every outcome.
 type indifferent struct{}
 
-func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time)         {}
-func (indifferent) Rejected(context.Context, uint64, *outbox.Event, string) error { return nil }
-func (indifferent) Foreign(context.Context, int) error                            { return nil }
-func (indifferent) Resync(Reason)                                                 {}
+func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time, time.Time) {}
+func (indifferent) Rejected(context.Context, uint64, *outbox.Event, string) error    { return nil }
+func (indifferent) Foreign(context.Context, int) error                               { return nil }
+func (indifferent) Resync(Reason)                                                    {}
 
 // runChain runs a chain behind the stream's last message until the function that
 // it returns is called, which waits for its end.

@@ -142,7 +142,7 @@ func publishAll(ctx context.Context, chain *sink.Chain, w Workload) error {
 // reason for.
 type indifferent struct{}
 
-func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time) {}
+func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time, time.Time) {}
 func (indifferent) Rejected(_ context.Context, _ uint64, _ *outbox.Event, reason string) error {
 	return errors.New(reason)
 }

@@ -1,0 +1,8 @@
+//go:build !linux
+
+package replication
+
+import "time"
+
+// nap pauses for a part of a millisecond.
+func nap(d time.Duration) { time.Sleep(d) }
