@@ -12,8 +12,6 @@ import (
 	"net"
 	"os"
 	"os/signal"
-	"runtime"
-	"runtime/debug"
 	"syscall"
 
 	"github.com/jackc/pgx/v5"
@@ -61,12 +59,9 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
   outbox-relay drop SLOT         remove a relay that is not to come back: slot, publication, checkpoint
       --force                      with what is kept of rejected events
   outbox-relay healthcheck       ask the relay that runs here whether it is well
-  outbox-relay version
+  outbox-relay version           version, commit, and the Go that built it
   outbox-relay help              this, and every variable of the configuration
 `
-
-// version is set when a release is built.
-var version string
 
 func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 
@@ -101,7 +96,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stdout, "%s\n%s", usage, config.Usage())
 		return exitOK
 	case "version":
-		fmt.Fprintln(stdout, buildVersion())
+		fmt.Fprint(stdout, versionText())
 		return exitOK
 	}
 	parse := commands[command]
@@ -299,24 +294,4 @@ func logger(cfg config.Log, w io.Writer) *slog.Logger {
 		return slog.New(slog.NewJSONHandler(w, options))
 	}
 	return slog.New(slog.NewTextHandler(w, options))
-}
-
-// buildInfo is a metric that tells which relay runs.
-func buildInfo() prometheus.Collector {
-	info := prometheus.NewGauge(prometheus.GaugeOpts{
-		Namespace: "outbox_relay", Name: "build_info", Help: "1, with the version of the relay and of Go that it was built by.",
-		ConstLabels: prometheus.Labels{"version": buildVersion(), "goversion": runtime.Version()},
-	})
-	info.Set(1)
-	return info
-}
-
-func buildVersion() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "development"
 }
