@@ -3,10 +3,13 @@ package main
 import (
 	"debug/buildinfo"
 	"debug/elf"
+	"fmt"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -78,14 +81,61 @@ func TestComposeConfiguresTheRelay(t *testing.T) {
 	}
 }
 
-// The binary runs in an image that has nothing else, and has no NATS server in
-// it, which demo and tests embed.
+// dockerfile returns the command that builds the binary, and the instructions of
+// the last stage, each in one line.
+func dockerfile(t *testing.T) (build string, image []string) {
+	t.Helper()
+	text := strings.ReplaceAll(readFile(t, "Dockerfile"), "\\\n", " ")
+	stages := strings.Split(text, "\nFROM ")
+	if len(stages) != 3 {
+		t.Fatalf("the Dockerfile has %d stages, want 2", len(stages)-1)
+	}
+	build = regexp.MustCompile(`(?m)^RUN .*?(CGO_ENABLED=.* go build .*) -o /outbox-relay \.$`).FindStringSubmatch(stages[1])[1]
+	for line := range strings.Lines("FROM " + stages[2]) {
+		image = append(image, strings.Join(strings.Fields(line), " "))
+	}
+	return build, image
+}
+
+func TestDockerfile(t *testing.T) {
+	_, image := dockerfile(t)
+	for _, want := range []string{
+		"FROM scratch",
+		"USER 65534:65534", // in numbers: Kubernetes can't tell whether a name is root
+		"ENV OUTBOX_HTTP_ADDR=:8080",
+		`ENTRYPOINT ["/outbox-relay"]`,
+		`CMD ["run"]`,
+	} {
+		if !slices.Contains(image, want) {
+			t.Errorf("the image has no %s", want)
+		}
+	}
+	all := strings.Join(image, "\n")
+	if !regexp.MustCompile(`(?m)^HEALTHCHECK .*CMD \["/outbox-relay", "healthcheck"\]$`).MatchString(all) {
+		t.Error("the image has no health check")
+	}
+	for _, label := range []string{"title", "description", "licenses", "version", "revision"} {
+		if !strings.Contains(all, "org.opencontainers.image."+label+"=") {
+			t.Errorf("the image has no label %s", label)
+		}
+	}
+}
+
+// What the Dockerfile's command builds runs in an image that has nothing else, has
+// no NATS server in it, which demo and tests embed, and tells its version.
 func TestStaticBinary(t *testing.T) {
 	binary := filepath.Join(t.TempDir(), "outbox-relay")
-	build := exec.Command("go", "build", "-o", binary, ".")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux")
+	command, _ := dockerfile(t)
+	build := exec.Command("sh", "-c", command+` -o "$BINARY" .`)
+	build.Env = append(os.Environ(), "BINARY="+binary, "VERSION=v9.8.7", "COMMIT=0123abcd", "TARGETOS=linux", "TARGETARCH="+runtime.GOARCH)
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
+	}
+	if runtime.GOOS == "linux" {
+		want := fmt.Sprintf("outbox-relay v9.8.7\ncommit 0123abcd\n%s linux/%s\n", runtime.Version(), runtime.GOARCH)
+		if out, err := exec.Command(binary, "version").Output(); err != nil || string(out) != want {
+			t.Errorf("version: %q, %v, want %q", out, err, want)
+		}
 	}
 	file, err := elf.Open(binary)
 	if err != nil {

@@ -37,7 +37,7 @@ func TestReadmeShowsTheExamples(t *testing.T) {
 		}
 	}
 	vet := exec.Command("go", "vet", "./...")
-	vet.Dir, vet.Env = "examples", append(os.Environ(), "GOWORK=off")
+	vet.Dir, vet.Env = "examples", append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0")
 	if out, err := vet.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}

@@ -17,7 +17,9 @@ var binary = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "demo")
-	out, err := exec.Command("go", "build", "-o", path, ".").CombinedOutput()
+	build := exec.Command("go", "build", "-o", path, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the other programs: compiled once for all
+	out, err := build.CombinedOutput()
 	if err != nil {
 		os.Stderr.Write(out)
 	}

@@ -131,7 +131,7 @@ func build(t testing.TB, program string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), program)
 	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", path, "./"+program)
-	cmd.Dir, cmd.Env = folder, append(os.Environ(), "GOWORK=off")
+	cmd.Dir, cmd.Env = folder, append(os.Environ(), "GOWORK=off", "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}

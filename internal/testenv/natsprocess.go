@@ -41,7 +41,7 @@ func installNATS(version string) (string, error) {
 		return path, nil
 	}
 	cmd := exec.Command("go", "install", natsServer+"@"+version)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=", "GOBIN="+dir)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=-trimpath", "GOBIN="+dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("go install: %w\n%s", err, bytes.TrimSpace(out))
 	}
