@@ -6,8 +6,6 @@ GO ?= go
 # then the tests, the programs that they start, and lint compile it once.
 export CGO_ENABLED = 0
 export GOFLAGS := -trimpath $(GOFLAGS)
-# nats-server is not ours to check, and costs the tests that embed it half their time.
-RACE = -race -gcflags=github.com/nats-io/nats-server/v2/...=-race=false
 STATICCHECK ?= honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSIONS ?= 15 16 17 18
 
@@ -24,7 +22,7 @@ SAME = ^(TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomM
 test: test-deploy
 	$(GO) build ./...
 	$(GO) test ./decoder
-	CGO_ENABLED=1 $(GO) test $(RACE) -timeout 15m ./relay $(shell $(GO) list ./... | grep -v /decoder$$)
+	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./relay $(shell $(GO) list ./... | grep -v /decoder$$)
 
 ## test-deploy: the Kubernetes manifests and the Helm chart; a module of its own, and
 ## without vet, which would look at all of Kubernetes
