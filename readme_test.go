@@ -59,7 +59,8 @@ func TestExamplesUseTheSameVersions(t *testing.T) {
 
 // Every folder that the README names is there.
 func TestReadmeFolders(t *testing.T) {
-	rows := regexp.MustCompile("(?m)^\\| (`[a-z`, ]+) \\|").FindAllStringSubmatch(readFile(t, "README.md"), -1)
+	_, table, _ := strings.Cut(readFile(t, "README.md"), "| folder | what it is |")
+	rows := regexp.MustCompile("(?m)^\\| (`[a-z`, ]+) \\|").FindAllStringSubmatch(table, -1)
 	if len(rows) < 9 {
 		t.Fatalf("README.md names %d folders", len(rows))
 	}
