@@ -21,7 +21,7 @@ func (indifferent) Resync(Reason)                                               
 
 // runChain runs a chain behind the stream's last message until the function that
 // it returns is called, which waits for its end.
-func runChain(t *testing.T, c *Client, heritage Heritage) (chain *Chain, stop func() error) {
+func runChain(t testing.TB, c *Client, heritage Heritage) (chain *Chain, stop func() error) {
 	t.Helper()
 	stream, err := c.OpenStream(t.Context(), c.config.Stream)
 	if err != nil {

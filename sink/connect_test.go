@@ -12,7 +12,7 @@ import (
 )
 
 // connectTo is the relay's own connection, closed by Cleanup.
-func connectTo(t *testing.T, config Config) *Client {
+func connectTo(t testing.TB, config Config) *Client {
 	t.Helper()
 	if config.InboxPrefix == "" {
 		config.InboxPrefix = "_INBOX_outbox"

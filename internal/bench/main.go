@@ -9,6 +9,7 @@
 //	go run ./internal/bench -quick               two minutes
 //	go run ./internal/bench -only mark -rounds 9
 //	go run ./internal/bench -from bench.json -svg docs/performance.svg
+//	go run ./internal/bench scale backlog        how cost grows (backlog, subjects, noise)
 package main
 
 import (
@@ -32,6 +33,9 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, out io.Writer) error {
+	if len(args) > 0 && args[0] == "scale" {
+		return scale(ctx, args[1:], out)
+	}
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	quick := flags.Bool("quick", false, "small backlogs, read once")
 	rounds := flags.Int("rounds", 0, "how often everything is measured (5, quick 1)")

@@ -1,21 +1,27 @@
-// Costs measures what the relay's SQL costs Postgres: recording outcomes in each
-// mode, with and without HOT updates, and what retention does to writers. It uses
-// the relay's own statements on a throw-away Postgres, and compares within one
+// Costs measures what the outbox costs Postgres: recording outcomes in each mode,
+// with and without HOT updates, what retention does to writers, what the walsender
+// uses by publication and options, for large transactions and for each more slot,
+// and what an insert is made of. It uses the relay's own statements on a throw-away
+// Postgres, and compares within one
 // run only: rounds alternate, and their medians count. Linux only, for it reads
 // the CPU time of backends from /proc.
 //
 //	POSTGRES_VERSION=18 go run ./internal/costs recording
 //	POSTGRES_VERSION=18 go run ./internal/costs retention
+//	POSTGRES_VERSION=18 go run ./internal/costs walsender
+//	POSTGRES_VERSION=18 go run ./internal/costs large
+//	POSTGRES_VERSION=18 go run ./internal/costs slots
+//	POSTGRES_VERSION=18 go run ./internal/costs insert
 package main
 
 import (
 	"cmp"
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"os"
 	"os/signal"
 	"runtime"
@@ -42,9 +48,11 @@ func main() {
 }
 
 func run(ctx context.Context, args []string, out io.Writer) error {
-	measurements := map[string]func(context.Context, []string, io.Writer) error{"recording": recording, "retention": retention}
+	measurements := map[string]func(context.Context, []string, io.Writer) error{
+		"recording": recording, "retention": retention, "walsender": walsender, "large": large, "slots": slots, "insert": insert,
+	}
 	if len(args) == 0 || measurements[args[0]] == nil {
-		return errors.New("say what to measure: recording or retention")
+		return fmt.Errorf("say what to measure: one of %s", strings.Join(slices.Sorted(maps.Keys(measurements)), ", "))
 	}
 	return measurements[args[0]](ctx, args[1:], out)
 }
