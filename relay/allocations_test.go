@@ -84,15 +84,15 @@ func (b *bundle) relayed(events, all int) {
 // The whole way of an event, from the slot to its recorded outcome, in allocations:
 // they tell of a change where times do not, as a busy machine has as many. Of those
 // that are left, three are the NATS client's, which makes a message of each ack, its
-// subject and its data, one is the relay's for an error that is none, and marking
-// takes two for the id in the statement's array. The bounds leave room for what
+// subject and its data, and marking takes two for the id in the statement's array.
+// The bounds leave room for what
 // depends on time instead, such as the recorder's batches, where a machine is slow,
 // and none for one more an event.
 func TestAllocationsAnEvent(t *testing.T) {
 	for _, c := range []struct {
 		mode outbox.Mode
 		most float64
-	}{{outbox.Keep, 4.9}, {outbox.Mark, 6.9}} {
+	}{{outbox.Keep, 3.9}, {outbox.Mark, 5.9}} {
 		t.Run(string(c.mode), func(t *testing.T) {
 			b := setup(t)
 			b.onProcess()

@@ -233,6 +233,9 @@ func (p *pipeline) fill(e *outbox.Event) error {
 // follows it is sent only once that is recorded: no parked event ever lies
 // between the checkpoint and what is stored.
 func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
+	if err == nil {
+		return nil // here, since what errors.As is given is allocated for every event
+	}
 	var rejection *sink.RejectedError
 	if !errors.As(err, &rejection) {
 		return err
