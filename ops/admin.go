@@ -111,7 +111,7 @@ func explain(err error) error {
 	}
 	switch pgErr.Code {
 	case "42501": // insufficient_privilege
-		return fmt.Errorf("%w: the README lists the grants of each command; or use the role that owns the table", err)
+		return fmt.Errorf("%w: deploy/postgres/roles.sql has the grants of each command; or use the role that owns the table", err)
 	case "55P03": // lock_not_available
 		return fmt.Errorf("%w: the application holds it locked; try again when its transaction has ended", err)
 	case "42883": // undefined_function

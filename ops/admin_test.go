@@ -628,7 +628,7 @@ func TestCommandsLeastPrivilege(t *testing.T) {
 	d.must(<-ended)
 
 	d.exec(`revoke update (retried_at, retried_attempts) on events from relay`)
-	if err := d.admin.RetryRows(t.Context(), ids[2:3]); err == nil || !strings.Contains(err.Error(), "the README lists the grants") {
+	if err := d.admin.RetryRows(t.Context(), ids[2:3]); err == nil || !strings.Contains(err.Error(), "deploy/postgres/roles.sql has the grants") {
 		t.Errorf("without a right: %v", err)
 	}
 }

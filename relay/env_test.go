@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -30,6 +31,7 @@ type bundle struct {
 	nc      *nats.Conn
 	js      jetstream.JetStream
 	env     map[string]string
+	granted map[string]bool // variables whose grants the relay's role has
 }
 
 // setup uses the shared Postgres, with a slot named after the test.
@@ -40,23 +42,63 @@ func setup(t testing.TB) *bundle {
 
 func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
 	t.Helper()
-	b := &bundle{TB: t, cluster: cluster, url: testenv.Database(t, cluster), nats: testenv.NATS(t, options)}
+	b := setupEmpty(t, cluster, options)
 	config, err := pgx.ParseConfig(b.url)
 	b.must(err)
 	b.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
 		slog.New(slog.DiscardHandler)))
+	b.grant()
+	return b
+}
+
+// setupEmpty does not migrate.
+func setupEmpty(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
+	t.Helper()
+	b := &bundle{TB: t, cluster: cluster, url: testenv.Database(t, cluster), nats: testenv.NATS(t, options), granted: map[string]bool{}}
 	b.sql = b.connect()
 	b.env = map[string]string{
-		"OUTBOX_POSTGRES_URL": b.url,
-		"OUTBOX_SLOT":         b.slot(),
-		"OUTBOX_NATS_URL":     b.nats.URL(),
-		"OUTBOX_HTTP_ADDR":    "",
-		"OUTBOX_LOG_LEVEL":    "debug",
+		"OUTBOX_POSTGRES_URL":  b.url,
+		"OUTBOX_SLOT":          b.slot(),
+		"OUTBOX_NATS_URL":      b.nats.URL(),
+		"OUTBOX_NATS_USER":     testenv.RelayName,
+		"OUTBOX_NATS_PASSWORD": testenv.RelayName,
+		"OUTBOX_HTTP_ADDR":     "",
+		"OUTBOX_LOG_LEVEL":     "debug",
 	}
 	if !options.NoJetStream {
 		b.dial()
 	}
 	return b
+}
+
+// grant gives the relay's role in Postgres what deploy/postgres/roles.sql does.
+func (b *bundle) grant() {
+	b.Helper()
+	testenv.GrantRoles(b, b.url, slices.Collect(maps.Keys(b.granted))...)
+}
+
+// asRelay lets a relay that would run as anybody run as the role and the user
+// that deploy/ has for it: these are for its own names of table, stream and subjects.
+func (b *bundle) asRelay(env map[string]string) map[string]string {
+	b.Helper()
+	if env["OUTBOX_SUBJECT"] != "" || env["OUTBOX_STREAM"] != "" {
+		delete(env, "OUTBOX_NATS_USER")
+		delete(env, "OUTBOX_NATS_PASSWORD")
+	}
+	if env["OUTBOX_TABLE"] != "" || env["OUTBOX_POSTGRES_URL"] == "" {
+		return env
+	}
+	before := len(b.granted)
+	for name, value := range env {
+		if name == "OUTBOX_RETENTION" || name == "OUTBOX_RETRY_ATTEMPTS" || name+"="+value == "OUTBOX_AFTER_PUBLISH=delete" {
+			b.granted[name] = true
+		}
+	}
+	if len(b.granted) > before {
+		b.grant()
+	}
+	env["OUTBOX_POSTGRES_URL"] = testenv.AsRelay(b, env["OUTBOX_POSTGRES_URL"])
+	return env
 }
 
 // dial connects the test itself to NATS.
@@ -110,7 +152,7 @@ func (b *bundle) dropSlot() {
 // start starts the relay, with variables that change its environment.
 func (b *bundle) start(changes ...string) *testenv.Relay {
 	b.Helper()
-	return testenv.StartRelay(b, b.with(changes...))
+	return testenv.StartRelay(b, b.asRelay(b.with(changes...)))
 }
 
 // streaming starts the relay and waits until it streams.

@@ -95,7 +95,7 @@ func passesInPostgres(code string) bool {
 func withGrants(err error) error {
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) && pgErr.Code == "42501" {
-		return fmt.Errorf("%w: grant the role what the README lists under \"Give the relay a role\"", err)
+		return fmt.Errorf("%w: grant the role what deploy/postgres/roles.sql does", err)
 	}
 	return err
 }

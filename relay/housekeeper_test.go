@@ -295,7 +295,7 @@ func TestHousekeeperIsRefused(t *testing.T) {
 			t.Errorf("%d lines with %s", n, want)
 		}
 	}
-	if h.logged.count("SQLSTATE 42501") != 2 || h.logged.count("Give the relay a role") != 2 {
+	if h.logged.count("SQLSTATE 42501") != 2 || h.logged.count("deploy/postgres/roles.sql") != 2 {
 		t.Errorf("log:\n%s", h.logged.text.String())
 	}
 	h.exec(`grant usage on schema public to weak; grant select, delete, update (status) on events to weak;

@@ -6,16 +6,10 @@ import (
 	"outbox-relay/internal/testenv"
 )
 
-// housekeepingGrants are what the role needs beyond the rest.
-const housekeepingGrants = `grant delete, update (retried_at, retried_attempts) on events to relay;
-	grant execute on function outbox_relay_drop_partitions(regclass, interval) to relay`
-
 // What is published goes when it is old, what failed is published when the
-// stream takes it by now, and the events go on coming. The role has no more
-// rights than it needs.
+// stream takes it by now, and the events go on coming.
 func TestHousekeepingBesidePublishing(t *testing.T) {
-	b, _ := asReadmeRole(t)
-	b.exec(housekeepingGrants)
+	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
 	requireLeaves(t, b.streaming())
 	b.limitMessages(2000)
 	r := b.streaming()

@@ -13,14 +13,11 @@ import (
 func TestPartitionedOutbox(t *testing.T) {
 	for _, mode := range []string{"mark", "delete"} {
 		t.Run(mode, func(t *testing.T) {
-			b := &bundle{TB: t, cluster: testenv.Postgres(t), nats: testenv.NATS(t, testenv.NATSOptions{})}
-			b.url = testenv.Database(t, b.cluster)
-			b.sql = b.connect()
-			b.env = map[string]string{"OUTBOX_POSTGRES_URL": b.url, "OUTBOX_SLOT": b.slot(), "OUTBOX_NATS_URL": b.nats.URL(), "OUTBOX_HTTP_ADDR": ""}
-			b.dial()
-			if code := testenv.StartRelay(t, b.env, "migrate", "--partitioned").Wait(time.Minute); code != 0 {
+			b := setupEmpty(t, testenv.Postgres(t), testenv.NATSOptions{})
+			if code := testenv.StartRelay(t, b.with(), "migrate", "--partitioned").Wait(time.Minute); code != 0 {
 				t.Fatalf("migrate ends with %d", code)
 			}
+			b.grant()
 			b.exec(`select outbox_relay_add_partitions('events', 'month', 1)`)
 			spread := func(n int) []string {
 				var ids []string

@@ -33,11 +33,7 @@ const (
 // A relay takes up what the release before it has left, and leaves what that can
 // take up again; but not in the middle of what that does not know.
 func TestUpgradeAndRollBack(t *testing.T) {
-	b := &bundle{TB: t, cluster: testenv.Postgres(t), nats: testenv.NATS(t, testenv.NATSOptions{})}
-	b.url = testenv.Database(t, b.cluster)
-	b.sql = b.connect()
-	b.env = map[string]string{"OUTBOX_POSTGRES_URL": b.url, "OUTBOX_SLOT": b.slot(), "OUTBOX_NATS_URL": b.nats.URL(), "OUTBOX_HTTP_ADDR": ""}
-	b.dial()
+	b := setupEmpty(t, testenv.Postgres(t), testenv.NATSOptions{})
 	files, err := migrations.Render(migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"})
 	b.must(err)
 	for _, file := range files[:2] {
@@ -56,10 +52,11 @@ func TestUpgradeAndRollBack(t *testing.T) {
 	}
 	b.exec(firstAdvance, first, ids[0])
 
-	requireEnd(t, b.start(), 1, "outbox_relay_batches", "outbox-relay migrate")
+	requireEnd(t, testenv.StartRelay(t, b.with()), 1, "outbox_relay_batches", "outbox-relay migrate")
 	config, err := pgx.ParseConfig(b.url)
 	b.must(err)
 	b.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler)))
+	b.grant()
 	r := b.streaming()
 	b.requireStatus("published", ids)
 	failed := b.reject(3)

@@ -144,7 +144,7 @@ func (c *Client) asyncError(_ *nats.Conn, _ *nats.Subscription, err error) {
 			return
 		}
 		c.log.Error("NATS denies a permission", "error", err,
-			"remedy", "grant it to the relay's user: publish on the event subjects and "+c.api+">, subscribe on "+c.config.InboxPrefix+".>")
+			"remedy", "grant it to the relay's user, as deploy/nats/permissions.conf does")
 		return
 	}
 	c.log.Warn("NATS reports an error", "error", err)

@@ -11,7 +11,9 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// NATSOptions of an embedded server. The zero value is a server with JetStream.
+// NATSOptions of an embedded server. The zero value is a server with JetStream, at
+// which RelayName may do what deploy/nats/permissions.conf allows, and who gives no
+// name everything.
 type NATSOptions struct {
 	MaxPayload  int32 // in bytes; 0: the server's default, 1 MiB
 	NoJetStream bool
@@ -50,9 +52,18 @@ func newNATS(tb testing.TB, o NATSOptions) *NATSServer {
 	if o.Edit != nil {
 		o.Edit(&options)
 	}
+	if open(options) {
+		options.Users = []*server.User{RelayUser(tb), {Username: "anybody", Password: "anybody"}}
+		options.NoAuthUser = "anybody"
+	}
 	n := &NATSServer{tb: tb, options: options}
 	tb.Cleanup(n.Stop)
 	return n
+}
+
+// open tells whether Edit has left it open who may connect.
+func open(o server.Options) bool {
+	return o.Users == nil && o.Nkeys == nil && o.Authorization == "" && o.Username == "" && o.Accounts == nil && o.TrustedOperators == nil
 }
 
 // FreePort is a TCP port on 127.0.0.1 that nobody uses.
