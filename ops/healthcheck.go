@@ -21,7 +21,7 @@ func Healthcheck(ctx context.Context, addr string) error {
 		return fmt.Errorf("OUTBOX_HTTP_ADDR: %w", err)
 	}
 	if ip := net.ParseIP(host); host == "" || ip.IsUnspecified() {
-		host = "localhost"
+		host = "127.0.0.1" // an image without /etc/hosts does not know localhost
 	}
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()

@@ -23,6 +23,7 @@ func (r *Relay) postgres() (*pgx.ConnConfig, error) {
 	if err != nil {
 		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
+	nameAttributes(config)
 	return config, nil
 }
 
@@ -61,6 +62,10 @@ func explainConnect(err error) error {
 		f.Remedy = "check user and password in OUTBOX_POSTGRES_URL, and pg_hba.conf"
 	case wrongCertificate(err):
 		f.Remedy = "check sslmode, sslrootcert and the host in OUTBOX_POSTGRES_URL"
+	case certificateRefused(err):
+		f.Remedy = "check sslcert and sslkey in OUTBOX_POSTGRES_URL, and ssl_ca_file at the server"
+	case insecure(err):
+		f.Remedy = "set ssl at the server, or check sslmode, channel_binding and sslcertmode in OUTBOX_POSTGRES_URL"
 	case pgErr == nil:
 		f.Remedy = "start it, or correct OUTBOX_POSTGRES_URL"
 	case pgErr.Code == "08P01":

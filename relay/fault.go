@@ -2,7 +2,6 @@ package relay
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -98,20 +97,4 @@ func withGrants(err error) error {
 		return fmt.Errorf("%w: grant the role what deploy/postgres/roles.sql does", err)
 	}
 	return err
-}
-
-// distrust reports whether Postgres refuses the role, or we its certificate:
-// fatal at start, waited out later, since both can be rotated.
-func distrust(err error) bool {
-	return wrongPassword(err) || wrongCertificate(err)
-}
-
-func wrongPassword(err error) bool {
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "28")
-}
-
-func wrongCertificate(err error) bool {
-	var unverified *tls.CertificateVerificationError
-	return errors.As(err, &unverified)
 }

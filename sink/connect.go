@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -160,9 +161,8 @@ func (c *Client) dial(ctx context.Context) error {
 			c.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())
 			return nil
 		}
-		if errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) || errors.Is(err, nats.ErrAuthRevoked) {
-			return &fault.Error{What: "connect to NATS: " + err.Error(), Cause: err,
-				Remedy: "check OUTBOX_NATS_CREDS, _NKEY, _USER and _PASSWORD, or _TOKEN"}
+		if remedy := remedy(err); remedy != "" {
+			return &fault.Error{What: "connect to NATS: " + err.Error(), Cause: err, Remedy: remedy}
 		}
 		if permanent(err) {
 			return fmt.Errorf("connect to NATS: %w", err)
@@ -187,13 +187,29 @@ func permanent(err error) bool {
 			return false
 		}
 	}
-	for _, fault := range []error{errTrust, nats.ErrSecureConnWanted, nats.ErrNkeysNotSupported, nats.ErrInvalidArg} {
-		if errors.Is(err, fault) {
-			return true
-		}
-	}
+	return errors.Is(err, errTrust) || errors.Is(err, errSecret) || errors.Is(err, nats.ErrInvalidArg)
+}
+
+// remedy says what to do about a server that does not trust us, or that we do
+// not; empty: it is something else.
+func remedy(err error) string {
 	var unverified *tls.CertificateVerificationError
-	return errors.As(err, &unverified)
+	var plain tls.RecordHeaderError
+	var network *net.OpError
+	switch {
+	case errors.Is(err, nats.ErrAuthorization), errors.Is(err, nats.ErrAuthExpired), errors.Is(err, nats.ErrAuthRevoked),
+		errors.Is(err, nats.ErrAccountAuthExpired), errors.Is(err, nats.ErrNkeysNotSupported):
+		return "check OUTBOX_NATS_CREDS, _NKEY, _USER and _PASSWORD, or _TOKEN"
+	case errors.As(err, &unverified):
+		return "check OUTBOX_NATS_CA, and the host in OUTBOX_NATS_URL"
+	case errors.As(err, &plain):
+		return "unset OUTBOX_NATS_TLS_FIRST, or set handshake_first at the server"
+	case errors.Is(err, nats.ErrSecureConnWanted):
+		return "set up TLS at the server, or unset OUTBOX_NATS_CA, _CERT and _KEY and write nats:// in OUTBOX_NATS_URL"
+	case errors.As(err, &network) && network.Op == "remote error": // a TLS alert; crypto/tls does not export its type
+		return "check OUTBOX_NATS_CERT and OUTBOX_NATS_KEY"
+	}
+	return ""
 }
 
 func (c *Client) checkServer() error {

@@ -3,7 +3,6 @@ package sink_test
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -63,32 +62,61 @@ func TestTLS(t *testing.T) {
 	}
 }
 
-// A connection that was to be secure never falls back to a plain one.
-func TestTLSRefusesAPlainServer(t *testing.T) {
-	plain := testenv.NATS(t, testenv.NATSOptions{})
-	if _, err := connect(t, strings.Replace(plain.URL(), "nats://", "tls://", 1), sink.TLS{}); !errors.Is(err, nats.ErrSecureConnWanted) {
-		t.Fatalf("got %v, want %v", err, nats.ErrSecureConnWanted)
+// requireRefusal connects in vain, and wants the error to say these words.
+func requireRefusal(t *testing.T, url string, trust sink.TLS, words ...string) {
+	t.Helper()
+	_, err := connect(t, url, trust)
+	for _, word := range words {
+		if err == nil || !strings.Contains(err.Error(), word) {
+			t.Errorf("got %v, want an error that names %s", err, word)
+		}
 	}
 }
 
-func TestTLSFaultsNameTheVariable(t *testing.T) {
-	a := testenv.NewAuthority(t)
-	certificate := a.Issue("server")
-	secure := testenv.NATS(t, testenv.NATSOptions{Edit: func(o *server.Options) {
+// secured is a server with that certificate, by the name that it bears.
+func secured(t *testing.T, certificate tls.Certificate, clients *testenv.Authority) string {
+	return strings.Replace(testenv.NATS(t, testenv.NATSOptions{Edit: func(o *server.Options) {
 		o.TLSConfig = &tls.Config{Certificates: []tls.Certificate{certificate}}
 		o.TLS, o.TLSTimeout = true, 5
-	}})
-	for variable, trust := range map[string]sink.TLS{
-		"OUTBOX_NATS_CA":   {CA: a.Path("none.pem")},
-		"OUTBOX_NATS_CERT": {CA: a.Path("ca.pem"), Cert: a.Path("none.pem"), Key: a.Path("none.key")},
-	} {
-		_, err := connect(t, secure.URL(), trust)
-		if err == nil || !strings.Contains(err.Error(), variable) {
-			t.Errorf("got %v, want an error that names %s", err, variable)
+		if clients != nil {
+			o.TLSVerify = true
+			o.TLSConfig.ClientAuth, o.TLSConfig.ClientCAs = tls.RequireAndVerifyClientCert, clients.Pool()
 		}
-	}
-	// An authority that we do not trust.
-	if _, err := connect(t, secure.URL(), sink.TLS{CA: testenv.NewAuthority(t).Path("ca.pem")}); !errors.As(err, new(*tls.CertificateVerificationError)) {
-		t.Errorf("got %v, want a certificate that is not verified", err)
+	}}).URL(), "127.0.0.1", "localhost", 1)
+}
+
+// A connection that was to be secure never falls back to a plain one.
+func TestTLSRefusesAPlainServer(t *testing.T) {
+	plain := testenv.NATS(t, testenv.NATSOptions{}).URL()
+	requireRefusal(t, strings.Replace(plain, "nats://", "tls://", 1), sink.TLS{}, nats.ErrSecureConnWanted.Error(), "OUTBOX_NATS_URL")
+	requireRefusal(t, plain, sink.TLS{CA: testenv.NewAuthority(t).Path("ca.pem")}, nats.ErrSecureConnWanted.Error(), "OUTBOX_NATS_CA")
+}
+
+func TestTLSFaultsNameTheVariable(t *testing.T) {
+	a, stranger := testenv.NewAuthority(t), testenv.NewAuthority(t)
+	ca := sink.TLS{CA: a.Path("ca.pem")}
+	url := secured(t, a.Issue("server"), nil)
+	requireRefusal(t, url, sink.TLS{CA: a.Path("none.pem")}, "OUTBOX_NATS_CA", "no such file")
+	requireRefusal(t, url, sink.TLS{CA: a.Path("server.key")}, "OUTBOX_NATS_CA", "no certificate in PEM")
+	requireRefusal(t, url, sink.TLS{CA: ca.CA, Cert: a.Path("none.pem"), Key: a.Path("none.key")}, "OUTBOX_NATS_CERT", "OUTBOX_NATS_KEY")
+	requireRefusal(t, url, sink.TLS{CA: stranger.Path("ca.pem")}, "unknown authority", "OUTBOX_NATS_CA")
+	requireRefusal(t, url, sink.TLS{First: true, CA: ca.CA}, "OUTBOX_NATS_TLS_FIRST")
+	requireRefusal(t, secured(t, a.Issue("expired", testenv.Expired), nil), ca, "expired", "OUTBOX_NATS_CA")
+	requireRefusal(t, secured(t, a.Issue("elsewhere", testenv.ForAnotherHost), nil), ca, "elsewhere.example", "the host in OUTBOX_NATS_URL")
+}
+
+// What the server does not trust of us it refuses, and that is told.
+func TestClientCertificateIsRefused(t *testing.T) {
+	a, stranger := testenv.NewAuthority(t), testenv.NewAuthority(t)
+	url := secured(t, a.Issue("server"), a)
+	stranger.Issue("client")
+	a.Issue("expired", testenv.Expired)
+	requireRefusal(t, url, sink.TLS{CA: a.Path("ca.pem")}, "certificate required", "OUTBOX_NATS_CERT", "OUTBOX_NATS_KEY")
+	for _, pair := range []struct {
+		from *testenv.Authority
+		name string
+	}{{stranger, "client"}, {a, "expired"}} {
+		requireRefusal(t, url, sink.TLS{CA: a.Path("ca.pem"), Cert: pair.from.Path(pair.name + ".pem"), Key: pair.from.Path(pair.name + ".key")},
+			"tls:", "OUTBOX_NATS_CERT", "OUTBOX_NATS_KEY")
 	}
 }

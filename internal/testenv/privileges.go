@@ -79,11 +79,25 @@ func AsRelay(tb testing.TB, adminURL string) string {
 // deploy/nats/permissions.conf, included as that says.
 func RelayUser(tb testing.TB) *server.User {
 	tb.Helper()
+	return includedUser(tb, "permissions.conf")
+}
+
+// OtherUser is one with the permissions of deploy/nats/others.conf, with the
+// name and the password "other".
+func OtherUser(tb testing.TB) *server.User {
+	tb.Helper()
+	user := includedUser(tb, "others.conf")
+	user.Username, user.Password = "other", "other"
+	return user
+}
+
+func includedUser(tb testing.TB, file string) *server.User {
+	tb.Helper()
 	dir := tb.TempDir()
 	for name, text := range map[string]string{
-		"permissions.conf": deployed(tb, "nats", "permissions.conf"),
-		"nats.conf": fmt.Sprintf(`authorization { users: [ { user: %[1]s, password: %[1]s, permissions: { include ./permissions.conf } } ] }`,
-			RelayName),
+		file: deployed(tb, "nats", file),
+		"nats.conf": fmt.Sprintf(`authorization { users: [ { user: %[1]s, password: %[1]s, permissions: { include ./%[2]s } } ] }`,
+			RelayName, file),
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			tb.Fatal(err)
@@ -91,7 +105,7 @@ func RelayUser(tb testing.TB) *server.User {
 	}
 	options, err := server.ProcessConfigFile(filepath.Join(dir, "nats.conf"))
 	if err != nil {
-		tb.Fatalf("deploy/nats/permissions.conf: %v", err)
+		tb.Fatalf("deploy/nats/%s: %v", file, err)
 	}
 	return options.Users[0]
 }

@@ -61,13 +61,16 @@ func (a *Authority) write(name, kind string, der []byte) {
 }
 
 // Issue writes name.pem and name.key: a certificate for localhost and
-// 127.0.0.1, good for both sides.
-func (a *Authority) Issue(name string) tls.Certificate {
+// 127.0.0.1, good for both sides, but for what edits make of it.
+func (a *Authority) Issue(name string, edits ...func(*x509.Certificate)) tls.Certificate {
 	key := a.newKey()
 	template := &x509.Certificate{SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name},
 		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
 		DNSNames:    []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}}
+	for _, edit := range edits {
+		edit(template)
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, &key.PublicKey, a.key)
 	a.must(err)
 	private, err := x509.MarshalECPrivateKey(key)
@@ -75,6 +78,14 @@ func (a *Authority) Issue(name string) tls.Certificate {
 	a.write(name+".pem", "CERTIFICATE", der)
 	a.write(name+".key", "EC PRIVATE KEY", private)
 	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// Expired is an edit of a certificate whose time is over.
+func Expired(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }
+
+// ForAnotherHost is an edit of a certificate that is not for this machine.
+func ForAnotherHost(c *x509.Certificate) {
+	c.DNSNames, c.IPAddresses = []string{"elsewhere.example"}, nil
 }
 
 // Pool holds the authority's certificate.

@@ -1,0 +1,83 @@
+package relay
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+)
+
+// distrust reports whether Postgres refuses the role or our certificate, or we
+// refuse what it shows of itself: fatal at start, waited out later, since all of
+// these can be rotated.
+func distrust(err error) bool {
+	return wrongPassword(err) || wrongCertificate(err) || certificateRefused(err) || insecure(err)
+}
+
+func wrongPassword(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "28")
+}
+
+func wrongCertificate(err error) bool {
+	var unverified *tls.CertificateVerificationError
+	return errors.As(err, &unverified)
+}
+
+// certificateRefused reports whether the server ended the handshake: by a TLS
+// alert, whose type crypto/tls does not export.
+func certificateRefused(err error) bool {
+	var network *net.OpError
+	return errors.As(err, &network) && network.Op == "remote error"
+}
+
+// insecure reports whether a server has answered and it was the driver that
+// would not go on with it, where no plain connection is allowed: the server
+// offers no TLS, or not what channel_binding or sslcertmode ask for.
+func insecure(err error) bool {
+	var connect *pgconn.ConnectError
+	if !errors.As(err, &connect) || connect.Config.TLSConfig == nil ||
+		slices.ContainsFunc(connect.Config.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil }) {
+		return false
+	}
+	attempts := []error{connect.Unwrap()}
+	if several, ok := connect.Unwrap().(interface{ Unwrap() []error }); ok {
+		attempts = several.Unwrap()
+	}
+	return slices.ContainsFunc(attempts, refusedByDriver)
+}
+
+// refusedByDriver reports whether an attempt failed for what the driver has no
+// type for: neither network nor server did.
+func refusedByDriver(err error) bool {
+	var network net.Error
+	var pgErr *pgconn.PgError
+	return !errors.As(err, &network) && !errors.As(err, &pgErr) && !errors.Is(err, errAttributes) && !errors.Is(err, context.Canceled) &&
+		!errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, net.ErrClosed)
+}
+
+// errAttributes says that a server is not what target_session_attrs asks for,
+// which it can become.
+var errAttributes = errors.New("not what target_session_attrs in OUTBOX_POSTGRES_URL asks for")
+
+// nameAttributes gives that error its type.
+func nameAttributes(config *pgx.ConnConfig) {
+	validate := config.ValidateConnect
+	if validate == nil {
+		return
+	}
+	config.ValidateConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
+		err := validate(ctx, conn)
+		if _, preferred := err.(*pgconn.NotPreferredError); err == nil || preferred {
+			return err // the driver asks for this very type
+		}
+		return fmt.Errorf("%w: %w", errAttributes, err)
+	}
+}
