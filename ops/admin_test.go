@@ -7,10 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/url"
-	"os"
 	"os/exec"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -583,27 +580,14 @@ func TestDropLeavesWhatIsShared(t *testing.T) {
 	}
 }
 
-// adminGrants is what the commands need beyond the relay's own rights.
-const adminGrants = `
-	grant select, insert, update on outbox_relay_batches to relay;
-	grant update (retried_at, retried_attempts) on events to relay;`
-
-// Status, retry, park and replay live on the README's grants, and retry on one
-// more; what a role may not, it is told.
+// Status, retry, park and replay live on what deploy/postgres/roles.sql grants the
+// relay; what a role may not, it is told.
 func TestCommandsLeastPrivilege(t *testing.T) {
 	t.Parallel()
 	d := setupOn(t, testenv.OwnPostgres(t, nil))
-	readme, err := os.ReadFile("../README.md")
-	d.must(err)
-	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE.*?)-- only with").FindSubmatch(readme)
-	if block == nil {
-		t.Fatal("README.md has no SQL that creates the role")
-	}
-	d.exec(strings.ReplaceAll(string(block[1]), "DATABASE app", "DATABASE "+pgx.Identifier{d.slot}.Sanitize()) + adminGrants)
-	address, err := url.Parse(d.url)
-	d.must(err)
-	address.User = url.UserPassword("relay", "secret")
-	d.admin.Postgres = func() (string, error) { return address.String(), nil }
+	testenv.GrantRoles(t, d.url, "OUTBOX_RETRY_ATTEMPTS")
+	address := testenv.AsRelay(t, d.url)
+	d.admin.Postgres = func() (string, error) { return address, nil }
 	d.listen()
 	ids := d.insert(4, "order", "placed")
 	d.fail(ids[0], ids[1])

@@ -3,10 +3,6 @@ package outbox_test
 import (
 	"context"
 	"encoding/json"
-	"net/url"
-	"os"
-	"regexp"
-	"strings"
 	"testing"
 	"time"
 
@@ -36,23 +32,11 @@ func alone(t *testing.T) *bundle {
 	return b
 }
 
-// asRelay connects as the role that the README makes.
+// asRelay connects as the relay's role.
 func (b *bundle) asRelay() (*pgx.Conn, *statements) {
 	b.Helper()
-	readme, err := os.ReadFile("../README.md")
-	b.must(err)
-	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE.*?)-- only with").FindSubmatch(readme)
-	if block == nil {
-		b.Fatal("README.md has no SQL that creates the role")
-	}
-	config, err := pgx.ParseConfig(b.url)
-	b.must(err)
-	b.exec(strings.ReplaceAll(string(block[1]), "DATABASE app", "DATABASE "+pgx.Identifier{config.Database}.Sanitize()))
-	b.exec(`grant select, insert, update on outbox_relay_batches to relay`)
-	address, err := url.Parse(b.url)
-	b.must(err)
-	address.User = url.UserPassword("relay", "secret")
-	config, err = pgx.ParseConfig(address.String())
+	testenv.GrantRoles(b, b.url)
+	config, err := pgx.ParseConfig(testenv.AsRelay(b, b.url))
 	b.must(err)
 	for name, value := range outbox.CensusSettings() {
 		config.RuntimeParams[name] = value

@@ -43,8 +43,7 @@ func certificateRefused(err error) bool {
 // offers no TLS, or not what channel_binding or sslcertmode ask for.
 func insecure(err error) bool {
 	var connect *pgconn.ConnectError
-	if !errors.As(err, &connect) || connect.Config.TLSConfig == nil ||
-		slices.ContainsFunc(connect.Config.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil }) {
+	if !errors.As(err, &connect) || mayBePlain(connect.Config) {
 		return false
 	}
 	attempts := []error{connect.Unwrap()}
@@ -52,6 +51,11 @@ func insecure(err error) bool {
 		attempts = several.Unwrap()
 	}
 	return slices.ContainsFunc(attempts, refusedByDriver)
+}
+
+func mayBePlain(config *pgconn.Config) bool {
+	return config.ChannelBinding != "require" && (config.TLSConfig == nil ||
+		slices.ContainsFunc(config.Fallbacks, func(f *pgconn.FallbackConfig) bool { return f.TLSConfig == nil }))
 }
 
 // refusedByDriver reports whether an attempt failed for what the driver has no
