@@ -43,12 +43,11 @@ func contain(t *testing.T, env map[string]string) *contained {
 
 func (c *contained) start(args ...string) *testenv.Relay {
 	c.Helper()
-	namespaces, user := []string{"--mount"}, "--userspec=65534:65534 --groups="
+	namespaces, chroot := []string{"--mount"}, "chroot --userspec=65534:65534 --groups="
 	if os.Getuid() != 0 {
-		namespaces, user = append(namespaces, "--user", "--map-root-user"), ""
+		namespaces, chroot = append(namespaces, "--user", "--map-root-user"), "chroot"
 	}
-	const script = `mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && root=$1 && shift && exec chroot $user "$root" /outbox-relay "$@"`
-	c.env["user"] = user
+	script := `root=$1; shift; mount --bind "$root" "$root" && mount -o remount,bind,ro "$root" && exec ` + chroot + ` "$root" /outbox-relay "$@"`
 	return testenv.StartBinary(c, "/usr/bin/unshare", c.env, append(append(namespaces, "sh", "-c", script, "sh", c.root), args...)...)
 }
 
