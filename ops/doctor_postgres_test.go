@@ -1,7 +1,6 @@
 package ops_test
 
 import (
-	"context"
 	"fmt"
 	"log/slog"
 	"net/url"
@@ -282,53 +281,36 @@ func (d *desk) requireTLS() {
 	d.requireLine(ailment{check: "postgres.connection", state: "fault", words: []string{"unknown authority", "sslrootcert"}}, d.diagnose(secured)["postgres.connection"])
 }
 
-// readmeGrants is the SQL of the README that gives a role its rights.
-func (d *desk) readmeGrants(role string) string {
-	d.Helper()
-	readme, err := os.ReadFile("../README.md")
-	d.must(err)
-	block := regexp.MustCompile("(?s)```sql\n(CREATE ROLE.*?)```").FindSubmatch(readme)
-	if block == nil {
-		d.Fatal("README.md has no SQL that creates the role")
-	}
-	return strings.NewReplacer("DATABASE app", "DATABASE "+pgx.Identifier{d.slot}.Sanitize(), "ROLE relay", "ROLE "+role, "TO relay", "TO "+role).Replace(string(block[1]))
-}
-
-// The README's rights are all that the doctor looks for, and each that is taken
-// away is named, with the statement that gives it back.
+// The rights of deploy/postgres/roles.sql are all that the doctor looks for, and each
+// that is taken away is named, with the statement that gives it back.
 func TestDoctorNamesEachRight(t *testing.T) {
 	t.Parallel()
-	d := setup(t)
-	role := d.slot
-	d.exec(d.readmeGrants(role))
-	t.Cleanup(func() {
-		_, err := d.sql.Exec(context.Background(), `drop owned by `+role+`; drop role `+role)
-		d.must(err)
-	})
-	address, err := url.Parse(d.url)
-	d.must(err)
-	address.User = url.UserPassword(role, "secret")
+	d := setupOn(t, testenv.OwnPostgres(t, nil))
+	const role = testenv.RelayName
+	all := []string{"OUTBOX_AFTER_PUBLISH", "OUTBOX_RETENTION", "OUTBOX_RETRY_ATTEMPTS"}
+	testenv.GrantRoles(t, d.url, all...)
+	address := testenv.AsRelay(t, d.url)
 	as := func(c *relay.Config) {
-		c.Postgres = func() (string, error) { return address.String(), nil }
+		c.Postgres = func() (string, error) { return address, nil }
 		c.Table.Mode, c.Housekeeping.Retention, c.Housekeeping.Retries.Attempts = outbox.Delete, 1, 1
 	}
 	requireAll(d, d.diagnose(d.doctor(as)), append(streamLines, "postgres.slot_wal", "postgres.slot_reader", "postgres.slot_failover", "postgres.slot_limits", "nats.stream_durability")...)
 
-	granted := regexp.MustCompile(`(?s)GRANT ([^;]*?) ON ([^;]*?) TO`).FindAllStringSubmatch(d.readmeGrants(role), -1)
-	if len(granted) < 8 {
-		t.Fatalf("the README grants %q", granted)
+	granted := regexp.MustCompile(`(?m)^grant (.*) on (.*) to `+role).FindAllStringSubmatch(testenv.RolesSQL(t, all...), -1)
+	if len(granted) < 7 {
+		t.Fatalf("roles.sql grants %q", granted)
 	}
 	for _, g := range granted {
-		if strings.HasPrefix(g[1], "CONNECT") || strings.HasPrefix(g[1], "EXECUTE") {
-			continue // public has it; it is of partitioned tables
+		if strings.HasPrefix(g[1], "execute") {
+			continue // it is of partitioned tables
 		}
-		if strings.HasPrefix(g[1], "USAGE") {
+		if strings.HasPrefix(g[1], "usage") {
 			d.exec(`revoke usage on schema public from public`)
 		}
-		for _, right := range regexp.MustCompile(`[A-Z]+( \([^)]*\))?`).FindAllString(g[1], -1) {
+		for _, right := range regexp.MustCompile(`[a-z]+( \([^)]*\))?`).FindAllString(g[1], -1) {
 			d.exec(`revoke ` + right + ` on ` + g[2] + ` from ` + role)
 			line := d.diagnose(d.doctor(as))["postgres.privileges"]
-			a := ailment{check: "postgres.privileges", state: "fault", words: []string{strings.SplitN(right, " ", 2)[0]}, cure: "sql"}
+			a := ailment{check: "postgres.privileges", state: "fault", words: []string{strings.ToUpper(strings.SplitN(right, " ", 2)[0])}, cure: "sql"}
 			d.requireLine(a, line)
 			d.run(line.SQL)
 			if line := d.diagnose(d.doctor(as))["postgres.privileges"]; line.State != "ok" {

@@ -33,7 +33,7 @@ func GrantRoles(tb testing.TB, adminURL string, variables ...string) {
 		tb.Fatal(err)
 	}
 	defer conn.Close(ctx)
-	sql := uncomment(deployed(tb, "postgres", "roles.sql"), variables)
+	sql := RolesSQL(tb, variables...)
 	if password := conn.Config().Password; password != "" {
 		sql += fmt.Sprintf("\nalter role %s password '%s';", RelayName, strings.ReplaceAll(password, `'`, `''`))
 	}
@@ -42,6 +42,12 @@ func GrantRoles(tb testing.TB, adminURL string, variables ...string) {
 	if _, err := conn.Exec(ctx, sql); err != nil {
 		tb.Fatalf("deploy/postgres/roles.sql: %v", err)
 	}
+}
+
+// RolesSQL is what GrantRoles runs.
+func RolesSQL(tb testing.TB, variables ...string) string {
+	tb.Helper()
+	return uncomment(deployed(tb, "postgres", "roles.sql"), variables)
 }
 
 // uncomment takes in the statements behind "-- Only with OUTBOX_X, …:" that one
