@@ -181,7 +181,7 @@ func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 }
 
 func relayConfig(cfg config.Config) relay.Config {
-	columns := outbox.Columns{Extra: extraColumns(cfg.Subject)}
+	columns := outbox.Columns{Names: cfg.Columns, Extra: extraColumns(cfg)}
 	return relay.Config{
 		Postgres: cfg.Postgres.URL.Value,
 		Table: outbox.Table{
@@ -240,16 +240,12 @@ func secret(s config.Secret) func() (string, error) {
 }
 
 // extraColumns names the columns that only the subject needs.
-func extraColumns(subject config.Subject) []string {
-	usual := map[string]bool{}
-	for _, field := range (outbox.Columns{}).Fields(&outbox.Event{}) {
-		usual[field.Name] = true
-	}
+func extraColumns(cfg config.Config) []string {
+	columns := outbox.Columns{Names: cfg.Columns}
 	var extra []string
-	for _, column := range subject.Columns() {
-		if !usual[column] {
+	for _, column := range cfg.Subject.Columns() {
+		if columns.Find(&outbox.Event{}, column) == nil {
 			extra = append(extra, column)
-			usual[column] = true
 		}
 	}
 	return extra
@@ -258,7 +254,7 @@ func extraColumns(subject config.Subject) []string {
 // target is what `migrate` brings about.
 func target(cfg config.Config) migrations.Target {
 	return migrations.Target{Schema: cfg.Postgres.Table.Schema, Table: cfg.Postgres.Table.Name,
-		Publication: cfg.Postgres.Publication, Columns: extraColumns(cfg.Subject)}
+		Publication: cfg.Postgres.Publication, Columns: extraColumns(cfg), Names: cfg.Columns}
 }
 
 func migrate(ctx context.Context, cfg config.Config, target migrations.Target, std streams) error {
@@ -270,7 +266,16 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 	if err != nil {
 		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
-	return migrations.Up(ctx, postgres, target, logger(cfg.Log, std.err))
+	if err := migrations.Up(ctx, postgres, target, logger(cfg.Log, std.err)); err != nil {
+		return err
+	}
+	conn, err := pgx.ConnectConfig(ctx, postgres)
+	if err != nil {
+		return fmt.Errorf("connect to Postgres: %w", err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	_, err = relayConfig(cfg).Table.Inspect(ctx, conn) // what the first run would find wrong
+	return err
 }
 
 func printMigrations(target migrations.Target, std streams) error {

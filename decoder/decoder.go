@@ -5,7 +5,9 @@
 package decoder
 
 import (
+	"bytes"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 
@@ -30,12 +32,13 @@ const (
 var ErrMalformed = errors.New("malformed pgoutput message")
 
 // ErrNoID says that events come without their id: nothing can be done with them.
-var ErrNoID = errors.New("column id was renamed or not published")
+var ErrNoID = errors.New("the column of the id was renamed or not published")
 
 // Decoder decodes the messages of one replication session, in order. Not safe
 // for concurrent use.
 type Decoder struct {
-	// Event is the row of the last Insert. Its bytes point into the message.
+	// Event is the row of the last Insert. Its bytes point into the message, and
+	// those of a bytea payload into the decoder: they are valid until the next Insert.
 	Event outbox.Event
 	// Missing names the columns that the event's Relation did not list,
 	// because the row was written before the publication was extended.
@@ -54,6 +57,7 @@ type Decoder struct {
 	relations map[uint32]*relation // of this session, also other tables': an Insert of none is malformed
 	open      bool                 // between Begin and Commit
 	ordinal   uint64
+	bytes     []byte // of the last payload, where that is bytea
 
 	beginMsg  pglogrepl.BeginMessage // here, so that a transaction costs no allocation
 	commitMsg pglogrepl.CommitMessage
@@ -69,7 +73,7 @@ type relation struct {
 
 // New returns a decoder for the events of the table with that OID.
 func New(table uint32, columns outbox.Columns) *Decoder {
-	return &Decoder{table: table, prefix: outbox.RequestPrefix(table), columns: columns, relations: map[uint32]*relation{}}
+	return &Decoder{table: table, prefix: outbox.RequestPrefix(table), columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
 }
 
 // InTransaction reports whether a transaction is open: a keepalive that comes
@@ -154,7 +158,7 @@ func (d *Decoder) relation(data []byte) error {
 	}
 	for _, field := range d.columns.Fields(&d.Event) {
 		bound := rel.bind(msg.Columns, field)
-		if !bound && field.Name == "id" {
+		if !bound && field.Usual == "id" {
 			return ErrNoID
 		}
 		if !bound {
@@ -195,10 +199,30 @@ func (d *Decoder) insert(data []byte) (Kind, error) {
 	if err := rel.tuple(data[5:]); err != nil || oid != d.table {
 		return Nothing, err
 	}
+	if d.columns.Bytea() {
+		if err := d.unhex(); err != nil {
+			return Nothing, err
+		}
+	}
 	d.Missing = rel.missing
 	d.ordinal++
 	d.Event.Position.Ordinal = d.ordinal
 	return Insert, nil
+}
+
+// unhex takes a bytea payload from its text, which is \x and hex digits, since the
+// session is pinned to bytea_output = hex.
+func (d *Decoder) unhex() (err error) {
+	text := d.Event.Payload
+	if text == nil {
+		return nil
+	}
+	digits, found := bytes.CutPrefix(text, []byte(`\x`))
+	if d.bytes, err = hex.AppendDecode(d.bytes[:0], digits); err != nil || !found {
+		return fmt.Errorf("%w: a payload of type bytea that is not in hex", ErrMalformed)
+	}
+	d.Event.Payload = d.bytes
+	return nil
 }
 
 // tuple puts each wanted column of TupleData into its place.

@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pglogrepl"
+
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
 	"outbox-relay/outbox"
@@ -98,6 +100,34 @@ func TestNullIsNotEmpty(t *testing.T) {
 	const next = `"e2" "0" "order" NULL "created" "{\"n\": 1}" NULL "pending" "2026-01-02 03:04:05.678901+00" NULL "eu"`
 	if got := fields(&d.Event); got != next {
 		t.Errorf("got  %s\nwant %s", got, next)
+	}
+}
+
+// A payload of bytes is what Postgres's hex says; what is no hex is no bytea.
+func TestByteaPayload(t *testing.T) {
+	d := decoder.New(table, outbox.Columns{Payload: "bytea"})
+	values := row("e1")
+	for i, c := range []struct{ text, want string }{{`\x`, ""}, {`\x00fF7b`, "\x00\xff{"}} {
+		at := pglogrepl.LSN(10 * (i + 1))
+		values[5] = text(c.text)
+		data := insert(table, values...)
+		before := slices.Clone(data)
+		decode(t, d, relation(table, usual...), begin(at, 7), data)
+		if string(d.Event.Payload) != c.want || d.Event.Payload == nil || !slices.Equal(data, before) {
+			t.Errorf("%s: got %q, and the message is %q", c.text, d.Event.Payload, data)
+		}
+		decode(t, d, commit(at, at+1))
+	}
+	values[5] = null()
+	decode(t, d, begin(30, 8), insert(table, values...))
+	if d.Event.Payload != nil {
+		t.Errorf("got %q, want NULL", d.Event.Payload)
+	}
+	for _, bad := range []string{`7b`, `\x7`, `\xzz`} {
+		values[5] = text(bad)
+		if _, err := d.Decode(insert(table, values...)); !errors.Is(err, decoder.ErrMalformed) {
+			t.Errorf("%s: got %v", bad, err)
+		}
 	}
 }
 

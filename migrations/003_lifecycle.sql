@@ -70,17 +70,17 @@ where pg_class.oid = 'events'::regclass;
 
 create or replace function outbox_retry(variadic ids text[]) returns bigint as $$
     with failed as materialized (
-        select id
+        select events.id::text as id
         from events
-        where id = any (ids) and status = 'failed'
-        order by id
+        where events.id::text = any (ids) and status = 'failed'
+        order by events.id::text
         for no key update
     ), retried as (
         update events
         set status = 'pending', retried_at = now(), retried_attempts = retried_attempts + 1
         from failed
-        where events.id = failed.id and status = 'failed'
-        returning events.id, retried_attempts
+        where events.id::text = failed.id and status = 'failed'
+        returning failed.id, retried_attempts
     ), numbered as (
         select id, retried_attempts as attempt, (row_number() over (order by id) - 1) / 1000 as message
         from retried
@@ -96,7 +96,7 @@ create or replace function outbox_retry(variadic ids text[]) returns bigint as $
 $$ language sql volatile set search_path from current;
 
 create or replace function outbox_retry_all() returns bigint as $$
-    select outbox_retry(variadic array(select id from events where failed_at is not null and status = 'failed'));
+    select outbox_retry(variadic array(select events.id::text from events where failed_at is not null and status = 'failed'));
 $$ language sql volatile set search_path from current;
 
 comment on function outbox_retry(text[]) is

@@ -4,6 +4,7 @@
 package migrations
 
 import (
+	"cmp"
 	"embed"
 	"errors"
 	"fmt"
@@ -17,13 +18,17 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-//go:embed *.sql partitioned/*.sql
+//go:embed *.sql partitioned/*.sql adopted/*.sql
 var files embed.FS
+
+// listStart is where 002 begins to list the columns to be published, at its end.
+const listStart = "select outbox_relay_publish('outbox_relay', 'events', array["
 
 const (
 	definitionFile  = "001_events.sql"
 	definitionStart = "create or replace function on_events_create()" // up to the file's end
 	partitionedFile = "partitioned/events.sql"                        // in its place
+	adoptedFile     = "adopted/events.sql"                            // in the place of the whole file
 )
 
 // What the files call things. Render gives them other names.
@@ -49,12 +54,17 @@ var derivedNames = []string{
 	"events_status_check",
 	"events_failed_at_index",
 	"events_default",
+	"events_id_text_index",
 }
 
-// messageColumns are what every message needs of a row.
-var messageColumns = []string{
-	"id", "version", "aggregate_type", "aggregate_id", "event_type", "payload", "headers", "status", "created_at",
-}
+// messageColumns are what every message needs of a row, and essentialColumns those
+// that migrate adds to no table.
+var (
+	messageColumns = []string{
+		"id", "version", "aggregate_type", "aggregate_id", "event_type", "payload", "headers", "status", "created_at",
+	}
+	essentialColumns = []string{"id", "aggregate_type", "event_type", "payload"}
+)
 
 // maxName is Postgres' limit in bytes; what is longer it would cut.
 const maxName = 63
@@ -70,6 +80,9 @@ type Target struct {
 	Publication string
 	Columns     []string // what messages need beyond the usual columns; they have to exist
 	Partitioned bool     // where the table is not there yet, make it partitioned by range of created_at
+	// Names are the table's own names of columns, by their usual ones. Not nil: the
+	// table is the application's, which makes it and gives the ids.
+	Names map[string]string
 }
 
 // String is the table's name for people.
@@ -141,6 +154,9 @@ func (t Target) numbered() ([]File, error) {
 
 // source returns the file with the definition of the table that t asks for.
 func (t Target) source(name string) (string, error) {
+	if name == definitionFile && t.Names != nil {
+		return t.adoption()
+	}
 	sql, err := files.ReadFile(name)
 	if err != nil || name != definitionFile || !t.Partitioned {
 		return string(sql), err
@@ -150,11 +166,40 @@ func (t Target) source(name string) (string, error) {
 	return before + string(partitioned), err
 }
 
+// adoption returns the file for a table that is the application's own: all that
+// it has to have is told to it by the variable that names it.
+func (t Target) adoption() (string, error) {
+	sql, err := files.ReadFile(adoptedFile)
+	var needed []string
+	for _, usual := range messageColumns {
+		if t.Names[usual] != "" || slices.Contains(essentialColumns, usual) {
+			needed = append(needed, fmt.Sprintf("(%s, %s)", literal("OUTBOX_COLUMN_"+strings.ToUpper(usual)), literal(t.name(usual))))
+		}
+	}
+	fill := strings.NewReplacer("<needed>", strings.Join(needed, ", "), "<id>", literal(t.name("id")))
+	return fill.Replace(string(sql)), err
+}
+
+// name is the table's own name of a column.
+func (t Target) name(usual string) string {
+	if name := t.Names[usual]; name != "" {
+		return name
+	}
+	return usual
+}
+
 func (t Target) rewrite(sql string) string {
-	if t.Schema == schemaName && t.Table == tableName && t.Publication == publicationName {
+	if t.Schema == schemaName && t.Table == tableName && t.Publication == publicationName && t.Names == nil {
 		return sql
 	}
-	sql = rename(sql, t.identifiers(), t.literals())
+	before, _, listed := strings.Cut(sql, listStart) // what follows are columns; elsewhere such literals are not
+	if listed {
+		before += listStart
+	}
+	sql = rename(before, t.identifiers(), t.literals())
+	if listed {
+		sql += "\n    " + t.columns(messageColumns) + "]);\n-- +goose StatementEnd\n"
+	}
 	const up = "-- +goose Up\n"
 	return strings.Replace(sql, up, up+"\n-- +goose StatementBegin\n"+t.setPath()+"-- +goose StatementEnd\n", 1)
 }
@@ -162,6 +207,13 @@ func (t Target) rewrite(sql string) string {
 // identifiers maps each identifier of the files to SQL.
 func (t Target) identifiers() map[string]string {
 	m := map[string]string{publicationName: quote(t.Publication)}
+	for usual, name := range t.Names {
+		if usual == "id" { // other tables have one, too
+			m[tableName+".id"] = quote(t.Table) + "." + quote(name)
+		} else {
+			m[usual] = quote(name)
+		}
+	}
 	if t.Table != tableName {
 		m[tableName] = quote(t.Table)
 		m[functionName] = quote("on_" + t.Table + "_create")
@@ -194,14 +246,19 @@ func (t Target) setPath() string { return "set search_path to " + quote(t.Schema
 // publish makes the publication publish all columns that the message needs. It
 // is what 002 ends with.
 func (t Target) publish() string {
-	var columns []string
-	for _, c := range slices.Concat(messageColumns, t.Columns) {
-		if c = literal(c); !slices.Contains(columns, c) {
-			columns = append(columns, c)
+	return fmt.Sprintf("select outbox_relay_publish(%s, %s, array[\n    %s])",
+		literal(t.Publication), literal(t.qualified()), t.columns(slices.Concat(messageColumns, t.Columns)))
+}
+
+// columns lists the table's own names of columns as literals.
+func (t Target) columns(usual []string) string {
+	var list []string
+	for _, c := range usual {
+		if c = literal(t.name(c)); !slices.Contains(list, c) {
+			list = append(list, c)
 		}
 	}
-	return fmt.Sprintf("select outbox_relay_publish(%s, %s, array[\n    %s])",
-		literal(t.Publication), literal(t.qualified()), strings.Join(columns, ", "))
+	return strings.Join(list, ", ")
 }
 
 func (t Target) check() error {
@@ -212,6 +269,12 @@ func (t Target) check() error {
 	}
 	for _, c := range t.Columns {
 		errs = append(errs, checkName("column", c, maxName))
+	}
+	for usual, c := range t.Names {
+		errs = append(errs, checkName("column "+usual, c, maxName))
+	}
+	if t.Names != nil && t.Partitioned {
+		errs = append(errs, errors.New("OUTBOX_COLUMN_ variables are set, so the application makes the table: leave out --partitioned"))
 	}
 	return errors.Join(errs...)
 }
@@ -234,9 +297,10 @@ func checkName(kind, name string, limit int) error {
 }
 
 // token is what matters in SQL: a comment, a quoted identifier, a string literal
-// or a word. Comments are passed over, and dollar quotes: what is in a function's
-// body is read like the rest. A dollar quote's tag is a word.
-var token = regexp.MustCompile(`--[^\n]*|"[^"]*"|'(?:[^']|'')*'|[A-Za-z_][A-Za-z0-9_]*`)
+// or a word, or a column of the outbox that is written events.column. Comments are
+// passed over, and dollar quotes: what is in a function's body is read like the
+// rest. A dollar quote's tag is a word.
+var token = regexp.MustCompile(`--[^\n]*|"[^"]*"|'(?:[^']|'')*'|\bevents\.[a-z_]+|[A-Za-z_][A-Za-z0-9_]*`)
 
 // rename replaces whole identifiers, and string literals by their whole content.
 func rename(sql string, identifiers, literals map[string]string) string {
@@ -247,6 +311,8 @@ func rename(sql string, identifiers, literals map[string]string) string {
 			}
 		} else if to, ok := identifiers[s]; ok {
 			return to
+		} else if table, column, ok := strings.Cut(s, "."); ok && s[0] != '"' && s[0] != '-' {
+			return cmp.Or(identifiers[table], table) + "." + cmp.Or(identifiers[column], column)
 		}
 		return s
 	})

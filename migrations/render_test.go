@@ -70,7 +70,7 @@ func TestRenderRenames(t *testing.T) {
 		`create index if not exists "order_events_failed_at_index" on "order_events" (failed_at)`,
 		`create or replace function "outbox_retry_order_events"(variadic ids text[])`,
 		`create or replace function "outbox_retry_all_order_events"()`,
-		`select "outbox_retry_order_events"(variadic array(select id from "order_events"`,
+		`select "outbox_retry_order_events"(variadic array(select "order_events".id::text from "order_events"`,
 		`'outbox_relay:' || '"order_events"'::regclass::oid`,
 	} {
 		if !strings.Contains(sql, want) {
@@ -80,6 +80,39 @@ func TestRenderRenames(t *testing.T) {
 	code := regexp.MustCompile(`--[^\n]*|'(?:[^']|'')*'`).ReplaceAllString(sql, "")
 	if left := regexp.MustCompile(`\b(on_)?events\w*|\boutbox_relay\b|\boutbox_retry(_all)?\b`).FindAllString(code, -1); left != nil {
 		t.Errorf("old names are left: %q", left)
+	}
+}
+
+// The application's own outbox: no trigger, no table, and its own names everywhere;
+// an id that is not of the outbox keeps its name.
+func TestRenderAdopts(t *testing.T) {
+	own := Target{Schema: "shop", Table: "outbox", Publication: "orders", Names: map[string]string{
+		"id": "event's id", "aggregate_type": "aggregatetype", "event_type": "type", "headers": "meta"}}
+	var all strings.Builder
+	for _, f := range render(t, own) {
+		all.WriteString(f.SQL)
+	}
+	for _, want := range []string{
+		`values ('OUTBOX_COLUMN_ID', 'event''s id'), ('OUTBOX_COLUMN_AGGREGATE_TYPE', 'aggregatetype'), ('OUTBOX_COLUMN_EVENT_TYPE', 'type'), ('OUTBOX_COLUMN_PAYLOAD', 'payload'), ('OUTBOX_COLUMN_HEADERS', 'meta'))`,
+		`on "outbox" (("outbox"."event's id"::text))`,
+		`a.attname = 'event''s id'`,
+		`comment on column "outbox"."meta"`,
+		`add column if not exists "meta"      jsonb`,
+		"array[\n    'event''s id', 'version', 'aggregatetype', 'aggregate_id', 'type', 'payload', 'meta', 'status', 'created_at']);",
+		`select "outbox"."event's id"::text as id`,
+		`json_build_object('id', id, 'attempt', attempt)`,
+		`primary key (slot, id)`,
+	} {
+		if !strings.Contains(all.String(), want) {
+			t.Errorf("lacks %s", want)
+		}
+	}
+	if left := regexp.MustCompile(`on_\w*_create|create table if not exists "outbox"|<\w+>`).FindAllString(strings.ReplaceAll(all.String(), "<schema>", ""), -1); left != nil {
+		t.Errorf("has %q", left)
+	}
+	own.Partitioned = true
+	if _, err := Render(own); err == nil {
+		t.Error("a table of the application's is made partitioned")
 	}
 }
 

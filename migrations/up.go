@@ -61,6 +61,9 @@ func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error 
 	}
 	defer unlock()
 
+	if err := checkShape(ctx, db, t); err != nil {
+		return err
+	}
 	applied, err := applyFiles(ctx, db, t, log)
 	if err != nil {
 		return err
@@ -77,6 +80,33 @@ func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error 
 		log.Info("publication brought up to date", "publication", t.Publication, "table", t.String())
 	case !applied:
 		log.Info("nothing to migrate", "table", t.String())
+	}
+	return nil
+}
+
+// checkShape refuses a table that is another outbox than that of 001, before a
+// trigger is put on it that would fail the application's inserts.
+func checkShape(ctx context.Context, db *sql.DB, t Target) error {
+	var missing, idType string
+	err := db.QueryRowContext(ctx, `
+		select coalesce((select string_agg(usual, ', ')
+		                 from unnest($2::text[]) as usual
+		                 where not exists (select from pg_attribute
+		                                   where attrelid = outbox and attname = usual and attnum > 0 and not attisdropped)), ''),
+		       coalesce((select format_type(atttypid, null) from pg_attribute where attrelid = outbox and attname = 'id'), '')
+		from to_regclass($1) as outbox
+		where outbox is not null`, t.qualified(), essentialColumns).Scan(&missing, &idType)
+	switch {
+	case t.Names != nil || errors.Is(err, sql.ErrNoRows):
+		return nil
+	case err != nil:
+		return err
+	case missing != "":
+		return fmt.Errorf("the table is there already and has no column %s: if it is an outbox of your application's own, such as Debezium's, "+
+			"name its columns by OUTBOX_COLUMN_ID, OUTBOX_COLUMN_AGGREGATE_TYPE and so on; else name another table (OUTBOX_TABLE)", missing)
+	case idType != "text" && idType != "character varying":
+		return fmt.Errorf("the table is there already and its id is of type %s, which the trigger cannot fill: "+
+			"set OUTBOX_COLUMN_ID=id, and the application gives the ids, as it does now", idType)
 	}
 	return nil
 }

@@ -435,7 +435,7 @@ func TestRefusals(t *testing.T) {
 		},
 		"row filter": {
 			target: usual,
-			before: "create table events (id text primary key); create publication outbox_relay for table events where (id <> '')",
+			before: "create table events (id text primary key, aggregate_type text, event_type text, payload jsonb); create publication outbox_relay for table events where (id <> '')",
 			want:   []string{"row filter", "events", "ALTER PUBLICATION"},
 		},
 		"unlogged": {
@@ -445,8 +445,18 @@ func TestRefusals(t *testing.T) {
 		},
 		"missing usual column": {
 			target: usual,
-			before: "create table events (id text primary key)",
+			before: "create table events (id text primary key, aggregate_type text, event_type text, payload jsonb)",
 			want:   []string{`"version"`, "public.events"},
+		},
+		"another outbox": {
+			target: usual,
+			before: "create table events (id text primary key, payload jsonb)",
+			want:   []string{"aggregate_type, event_type", "OUTBOX_COLUMN_AGGREGATE_TYPE"},
+		},
+		"another id": {
+			target: usual,
+			before: "create table events (id uuid primary key, aggregate_type text, event_type text, payload jsonb)",
+			want:   []string{"uuid", "OUTBOX_COLUMN_ID=id"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -24,7 +24,7 @@ type Selection struct {
 }
 
 // where is a condition on table e.
-func (s Selection) where() (condition string, args pgx.NamedArgs) {
+func (s Selection) where(t Table) (condition string, args pgx.NamedArgs) {
 	parts := []string{"e.status <> 'failed'"}
 	args = pgx.NamedArgs{}
 	add := func(part, name string, value any) {
@@ -32,22 +32,22 @@ func (s Selection) where() (condition string, args pgx.NamedArgs) {
 		args[name] = value
 	}
 	if !s.From.IsZero() {
-		add("e.created_at >= @from", "from", s.From)
+		add("e."+t.column("created_at")+" >= @from", "from", s.From.UTC())
 	}
 	if !s.To.IsZero() {
-		add("e.created_at < @to", "to", s.To)
+		add("e."+t.column("created_at")+" < @to", "to", s.To.UTC())
 	}
 	if s.AggregateType != "" {
-		add("e.aggregate_type = @aggregate_type", "aggregate_type", s.AggregateType)
+		add("e."+t.column("aggregate_type")+"::text = @aggregate_type", "aggregate_type", s.AggregateType)
 	}
 	if s.EventType != "" {
-		add("e.event_type = @event_type", "event_type", s.EventType)
+		add("e."+t.column("event_type")+"::text = @event_type", "event_type", s.EventType)
 	}
 	if len(s.IDs) > 0 {
-		add("e.id = any (@ids)", "ids", s.IDs)
+		add(t.id("e")+" = any (@ids)", "ids", s.IDs)
 	}
 	if s.After != "" {
-		add("e.id > @after", "after", s.After)
+		add(t.id("e")+" > @after", "after", s.After)
 	}
 	return strings.Join(parts, " and "), args
 }
@@ -61,8 +61,8 @@ type Kind struct {
 
 // Chosen counts the chosen rows by their types.
 func (t Table) Chosen(ctx context.Context, conn *pgx.Conn, s Selection) ([]Kind, error) {
-	where, args := s.where()
-	rows, err := conn.Query(ctx, `select e.aggregate_type, e.event_type, count(*), min(e.id), max(e.id)
+	where, args := s.where(t)
+	rows, err := conn.Query(ctx, `select e.`+t.column("aggregate_type")+`::text, e.`+t.column("event_type")+`::text, count(*), min(`+t.id("e")+`), max(`+t.id("e")+`)
 		from `+t.String()+` e where `+where+` group by 1, 2 order by 1, 2`, args)
 	if err != nil {
 		return nil, fmt.Errorf("count rows of %s: %w", t, err)
@@ -76,9 +76,9 @@ func (t Table) Chosen(ctx context.Context, conn *pgx.Conn, s Selection) ([]Kind,
 
 // NextChosen reads the ids of the next rows of the selection, in their order.
 func (t Table) NextChosen(ctx context.Context, conn *pgx.Conn, s Selection, limit int) ([]string, error) {
-	where, args := s.where()
+	where, args := s.where(t)
 	args["limit"] = limit
-	rows, err := conn.Query(ctx, `select e.id from `+t.String()+` e where `+where+` order by e.id limit @limit`, args)
+	rows, err := conn.Query(ctx, `select `+t.id("e")+` from `+t.String()+` e where `+where+` order by `+t.id("e")+` limit @limit`, args)
 	if err != nil {
 		return nil, fmt.Errorf("read ids of %s: %w", t, err)
 	}

@@ -11,7 +11,7 @@ import (
 // Statuses returns the status of each of these rows; an id that has no row is
 // left out.
 func (t Table) Statuses(ctx context.Context, conn *pgx.Conn, ids []string) (map[string]string, error) {
-	rows, err := conn.Query(ctx, `select id, status from `+t.String()+` where id = any ($1)`, ids)
+	rows, err := conn.Query(ctx, `select `+t.id("e")+`, status from `+t.String()+` e where `+t.id("e")+` = any ($1)`, ids)
 	if err != nil {
 		return nil, fmt.Errorf("read the status of rows of %s: %w", t, err)
 	}
@@ -58,7 +58,7 @@ const (
 // that of the row, or of what is noted of it.
 func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string) (done Parking, status string, err error) {
 	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
-		err := tx.QueryRow(ctx, `select status from `+t.String()+` where id = $1 for no key update`, id).Scan(&status)
+		err := tx.QueryRow(ctx, `select status from `+t.String()+` e where `+t.id("e")+` = $1 for no key update`, id).Scan(&status)
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
 			done, status, err = t.parkGone(ctx, tx, id, reason)

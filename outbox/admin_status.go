@@ -150,7 +150,8 @@ func (t Table) Census(ctx context.Context, conn *pgx.Conn) (Census, error) {
 	var c Census
 	var older, olderPublished int64
 	err := conn.QueryRow(ctx, `with newest as materialized (
-			select id, status, created_at from `+t.String()+` order by id desc limit $2
+			select `+t.id("e")+` as id, status, `+t.column("created_at")+` as created_at from `+t.String()+` e
+			order by `+t.id("e")+` desc limit $2
 		), counted as materialized (
 			select count(*) as rows, min(id) as edge,
 				count(*) filter (where status = 'pending') as pending,
@@ -170,10 +171,10 @@ func (t Table) Census(ctx context.Context, conn *pgx.Conn) (Census, error) {
 			from every, counted,
 				generate_series(floor(start * step)::bigint, longest - 1, step) as page,
 				lateral (select
-						count(*) filter (where status = 'pending' and id < edge) as pending,
-						count(*) filter (where status = 'published' and id < edge) as published,
-						min(created_at) filter (where status = 'pending' and id < edge) as oldest
-					from `+t.String()+`
+						count(*) filter (where status = 'pending' and `+t.id("e")+` < edge) as pending,
+						count(*) filter (where status = 'published' and `+t.id("e")+` < edge) as published,
+						min(`+t.column("created_at")+`) filter (where status = 'pending' and `+t.id("e")+` < edge) as oldest
+					from `+t.String()+` e
 					where ctid >= format('(%s,0)', page)::tid and ctid < format('(%s,0)', page + 1)::tid) as sample
 		)
 		select c.rows, c.pending, c.published, coalesce((select step from every), 0),
@@ -203,7 +204,8 @@ type FailedRow struct {
 // the newest of them. Rows that failed once and were retried since stand in the
 // index, too: where there are very many, exact is false and failed a lower bound.
 func (t Table) Failures(ctx context.Context, conn *pgx.Conn, list int) (failed int64, exact bool, newest []FailedRow, err error) {
-	recent := ` from (select id, aggregate_type, event_type, failed_at, failed_reasons, failed_attempts, status from ` + t.String() + `
+	recent := ` from (select ` + t.id("e") + ` as id, ` + t.column("aggregate_type") + `::text as aggregate_type, ` + t.column("event_type") + `::text as event_type,
+			failed_at, failed_reasons, failed_attempts, status from ` + t.String() + ` e
 		where failed_at is not null order by failed_at desc limit $1) as recent`
 	var seen int
 	err = conn.QueryRow(ctx, `select count(*) filter (where status = 'failed'), count(*)`+recent, CensusFailed).Scan(&failed, &seen)

@@ -62,9 +62,9 @@ func (b *Backlog) Snapshot(ctx context.Context) (Snapshot, error) {
 
 // condition selects the rows. A leftover is an outcome.
 func (b *Backlog) condition() string {
-	return fmt.Sprintf(`e.status = 'pending' and e.id > $1 and e.id <> all ($2)
-		and not exists (select from unnest($3::text[], $4::int[]) as r(id, attempts) where r.id = e.id and r.attempts = e.retried_attempts)
-		and not exists (select from %s l where l.slot = $5 and l.id = e.id)`, b.table.leftovers())
+	return fmt.Sprintf(`e.status = 'pending' and %[2]s > $1 and %[2]s <> all ($2)
+		and not exists (select from unnest($3::text[], $4::int[]) as r(id, attempts) where r.id = %[2]s and r.attempts = e.retried_attempts)
+		and not exists (select from %[1]s l where l.slot = $5 and l.id = %[2]s)`, b.table.leftovers(), b.table.id("e"))
 }
 
 func (b *Backlog) args() []any {
@@ -119,7 +119,7 @@ func (b *Backlog) read(ctx context.Context) error {
 		}
 	}
 	var err error
-	b.rows, err = b.conn.Query(ctx, b.table.selectRows(b.layout)+b.condition()+` order by e.id`, b.args()...)
+	b.rows, err = b.conn.Query(ctx, b.table.selectRows(b.layout)+b.condition()+` order by `+b.table.id("e"), b.args()...)
 	if err != nil {
 		return fmt.Errorf("read the backlog of %s: %w", b.table, err)
 	}
@@ -129,7 +129,7 @@ func (b *Backlog) read(ctx context.Context) error {
 // WithoutRow returns those of the ids that no row has.
 func (t Table) WithoutRow(ctx context.Context, conn *pgx.Conn, ids []string) ([]string, error) {
 	rows, err := conn.Query(ctx, `select u.id from unnest($1::text[]) with ordinality as u(id, n)
-		where not exists (select from `+t.String()+` e where e.id = u.id) order by u.n`, ids)
+		where not exists (select from `+t.String()+` e where `+t.id("e")+` = u.id) order by u.n`, ids)
 	if err != nil {
 		return nil, fmt.Errorf("look for rows of %s: %w", t, err)
 	}

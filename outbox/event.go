@@ -42,40 +42,6 @@ func MessageID(id, run string) string {
 	return id + ":" + run
 }
 
-// Columns says which columns of the table make an event.
-type Columns struct {
-	Extra []string // beyond the fields of Event: what the subject names
-}
-
-// Field is a column and where its value goes.
-type Field struct {
-	Name     string
-	Value    *[]byte
-	Required bool // the table must have it
-}
-
-// Fields binds the columns to the event's fields. e.Extra is made if needed.
-func (c Columns) Fields(e *Event) []Field {
-	if len(e.Extra) != len(c.Extra) {
-		e.Extra = make([][]byte, len(c.Extra))
-	}
-	fields := []Field{
-		{"id", &e.ID, true},
-		{"version", &e.Version, true},
-		{"aggregate_type", &e.AggregateType, true},
-		{"aggregate_id", &e.AggregateID, false},
-		{"event_type", &e.EventType, true},
-		{"payload", &e.Payload, true},
-		{"headers", &e.Headers, false},
-		{"status", &e.Status, true},
-		{"created_at", &e.CreatedAt, true},
-	}
-	for i, name := range c.Extra {
-		fields = append(fields, Field{name, &e.Extra[i], true})
-	}
-	return fields
-}
-
 // Size returns the bytes of the event's values.
 func (e *Event) Size() int {
 	n := len(e.ID) + len(e.Version) + len(e.AggregateType) + len(e.AggregateID) + len(e.EventType) +

@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 
@@ -72,13 +73,13 @@ func (t Table) recordPublished(e *checkpoint.Effects, ids []string, r *Recorded)
 	e.Args["published"] = ids
 	e.CTE += fmt.Sprintf(`,
 		sent as materialized (select unnest(@published::text[]) as id from advanced),
-		seen as (select e.id, e.status from %[1]s e join sent on sent.id = e.id),
-		free as materialized (select e.id from %[1]s e join sent on sent.id = e.id where e.status = 'pending'
+		seen as (select sent.id, e.status from %[1]s e join sent on sent.id = %[4]s),
+		free as materialized (select sent.id from %[1]s e join sent on sent.id = %[4]s where e.status = 'pending'
 			for no key update of e skip locked),
 		written as (%[2]s returning 1),
 		locked as (insert into %[3]s (slot, id, outcome)
 			select @slot, id, 'published' from seen where status = 'pending' and id not in (select id from free)
-			on conflict (slot, id) do nothing returning 1)`, t, t.published("free"), t.leftovers())
+			on conflict (slot, id) do nothing returning 1)`, t, t.published("free"), t.leftovers(), t.id("e"))
 	e.Result += `, (select count(*) from written), (select count(*) from locked)`
 	e.Dest = append(e.Dest, &r.Published, &r.PublishedLocked)
 	r.sent = len(ids)
@@ -87,17 +88,17 @@ func (t Table) recordPublished(e *checkpoint.Effects, ids []string, r *Recorded)
 // published writes the outcome of the rows whose ids stand in source.
 func (t Table) published(source string) string {
 	if t.Mode == Delete {
-		return fmt.Sprintf(`delete from %s e using %s f where e.id = f.id`, t, source)
+		return fmt.Sprintf(`delete from %s e using %s f where %s = f.id`, t, source, t.id("e"))
 	}
-	return fmt.Sprintf(`update %s e set status = 'published', published_at = now() from %s f where e.id = f.id`, t, source)
+	return fmt.Sprintf(`update %s e set status = 'published', published_at = now() from %s f where %s = f.id`, t, source, t.id("e"))
 }
 
 func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string, r *Recorded) {
 	e.Args["failed"], e.Args["reasons"], e.Args["events"] = ids, reasons, events
 	e.CTE += fmt.Sprintf(`,
 		bad as materialized (select u.* from advanced, unnest(@failed::text[], @reasons::text[], @events::text[]) as u(id, reason, event)),
-		badseen as (select e.id, e.status from %[1]s e join bad on bad.id = e.id),
-		badfree as materialized (select e.id, bad.reason from %[1]s e join bad on bad.id = e.id where e.status = 'pending'
+		badseen as (select bad.id, e.status from %[1]s e join bad on bad.id = %[4]s),
+		badfree as materialized (select bad.id, bad.reason from %[1]s e join bad on bad.id = %[4]s where e.status = 'pending'
 			for no key update of e skip locked),
 		parked as (%[2]s returning 1),
 		badlocked as (insert into %[3]s (slot, id, outcome, reason, event)
@@ -107,14 +108,14 @@ func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string
 		orphans as (insert into %[3]s (slot, id, outcome, reason, event, waiting)
 			select @slot, b.id, 'failed', b.reason, b.event::jsonb, false from bad b
 			where b.id not in (select id from badseen)
-			on conflict (slot, id) do nothing returning 1)`, t, t.failed("badfree"), t.leftovers())
+			on conflict (slot, id) do nothing returning 1)`, t, t.failed("badfree"), t.leftovers(), t.id("e"))
 	e.Result += `, (select count(*) from parked), (select count(*) from badlocked), (select count(*) from orphans)`
 	e.Dest = append(e.Dest, &r.Failed, &r.FailedLocked, &r.Kept)
 }
 
 func (t Table) failed(source string) string {
 	return fmt.Sprintf(`update %s e set status = 'failed', failed_at = now(), failed_attempts = e.failed_attempts + 1,
-		failed_reasons = array_append(e.failed_reasons, f.reason) from %s f where e.id = f.id`, t, source)
+		failed_reasons = array_append(e.failed_reasons, f.reason) from %s f where %s = f.id`, t, source, t.id("e"))
 }
 
 // Leftovers returns the SQL that writes the outcomes of rows that were locked,
@@ -126,8 +127,8 @@ func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 		CTE: fmt.Sprintf(`,
 		due as materialized (select l.id, l.outcome, l.reason from %[3]s l, advanced
 			where l.slot = @slot and l.waiting order by random() limit 1000),
-		seen as (select e.id, e.status from %[1]s e join due on due.id = e.id),
-		free as materialized (select e.id, due.outcome, due.reason from %[1]s e join due on due.id = e.id
+		seen as (select due.id, e.status from %[1]s e join due on due.id = %[5]s),
+		free as materialized (select due.id, due.outcome, due.reason from %[1]s e join due on due.id = %[5]s
 			where e.status = 'pending' for no key update of e skip locked),
 		sent as (select id from free where outcome = 'published'),
 		bad as (select id, reason from free where outcome = 'failed'),
@@ -138,20 +139,23 @@ func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 		settled as (delete from %[3]s l using due where l.slot = @slot and l.id = due.id
 			and l.id not in (select id from seen where status = 'pending' and id not in (select id from free))
 			and (due.outcome = 'published' or l.id in (select id from seen))
-			returning 1)`, t, t.published("sent"), t.leftovers(), t.failed("bad")),
+			returning 1)`, t, t.published("sent"), t.leftovers(), t.failed("bad"), t.id("e")),
 		Result: fmt.Sprintf(`, (select count(*) from %s where slot = @slot and waiting) - (select count(*) from settled) - (select count(*) from orphans)`, t.leftovers()),
 		Dest:   []any{waiting},
 	}
 }
 
-// whole returns the event as a JSON object of its columns. What is not valid
-// UTF-8 or JSON can't come from Postgres.
+// whole returns the event as a JSON object of its columns. A payload of another type
+// than jsonb is a string, to the letter; bytea is in hex, as Postgres writes it.
 func (e *Event) whole(columns Columns) (string, error) {
 	object := map[string]any{"commit_lsn": e.Position.Commit.String(), "ordinal": e.Position.Ordinal}
 	for _, field := range columns.Fields(e) {
 		switch value := *field.Value; {
 		case value == nil:
-		case field.Name == "payload" || field.Name == "headers":
+		case field.Usual == "payload" && columns.Bytea():
+			object[field.Name] = `\x` + hex.EncodeToString(value)
+		case field.Usual == "payload" && (columns.Payload == "" || columns.Payload == "jsonb"),
+			field.Usual == "headers" && json.Valid(value):
 			object[field.Name] = json.RawMessage(value)
 		default:
 			object[field.Name] = string(value)

@@ -36,18 +36,18 @@ func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string
 	var last, final made
 	var cutoff time.Time
 	err := conn.QueryRow(ctx, fmt.Sprintf(`with walked as materialized (
-			select id, created_at from %[1]s where id > $1 order by id limit %[2]d),
-		old as materialized (select e.id from %[1]s e where e.id = any (array(select id from walked))
+			select %[5]s as id, %[6]s as created_at from %[1]s e where %[5]s > $1 order by %[5]s limit %[2]d),
+		old as materialized (select %[5]s as id from %[1]s e where %[5]s = any (array(select id from walked))
 				and e.status = 'published' and e.published_at < now() - $2::interval
-				and e.id not in (select id from %[3]s where waiting)
-				and e.id not in (select unnest(ids[done + 1:]) from %[4]s)
+				and %[5]s not in (select id from %[3]s where waiting)
+				and %[5]s not in (select unnest(ids[done + 1:]) from %[4]s)
 			for update of e skip locked),
-		removed as (delete from %[1]s where id = any (array(select id from old)) returning 1)
+		removed as (delete from %[1]s e where %[5]s = any (array(select id from old)) returning 1)
 		select (select count(*) from walked), (select count(*) from removed), now() - $2::interval,
 			last.id, last.created_at, final.id, final.created_at
 		from (select id, created_at from walked order by id desc limit 1) last,
-			(select id, created_at from %[1]s order by id desc limit 1) final`,
-		t, limit, t.leftovers(), t.own("outbox_relay_batches")), after, age).
+			(select %[5]s as id, %[6]s as created_at from %[1]s e order by %[5]s desc limit 1) final`,
+		t, limit, t.leftovers(), t.own("outbox_relay_batches"), t.id("e"), t.column("created_at")), after, age).
 		Scan(&r.Walked, &r.Removed, &cutoff, &last.id, &last.at, &final.id, &final.at)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows): // nothing is behind after

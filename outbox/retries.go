@@ -26,12 +26,12 @@ type Failure struct {
 // behind the place after, without those whose ids are in except. It finds them by
 // the index on failed_at.
 func (r Retries) Due(ctx context.Context, conn *pgx.Conn, t Table, after Failure, except []string, limit int) ([]Failure, error) {
-	rows, err := conn.Query(ctx, fmt.Sprintf(`select id, failed_at from %s
-		where (failed_at, id) > ($1, $2) and failed_at <= now() - $3::interval and status = 'failed'
+	rows, err := conn.Query(ctx, fmt.Sprintf(`select %[3]s, failed_at from %[1]s e
+		where (failed_at, %[3]s) > ($1, $2) and failed_at <= now() - $3::interval and status = 'failed'
 			and retried_attempts < $4
 			and extract(epoch from now() - failed_at) >= extract(epoch from $3::interval) * 2 ^ least(retried_attempts, 100)
-			and id <> all (coalesce($5::text[], '{}'))
-		order by failed_at, id limit %d`, t, limit), after.At, after.ID, r.Backoff, r.Attempts, except)
+			and %[3]s <> all (coalesce($5::text[], '{}'))
+		order by failed_at, %[3]s limit %[2]d`, t, limit, t.id("e")), after.At, after.ID, r.Backoff, r.Attempts, except)
 	if err != nil {
 		return nil, fmt.Errorf("look for failed rows of %s: %w", t, err)
 	}

@@ -20,7 +20,7 @@ func (r *Row) Pending() bool { return string(r.Event.Status) == "pending" }
 
 // Rows reads the rows with these ids. An id that is not in the result has none.
 func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string) (map[string]*Row, error) {
-	rows, err := conn.Query(ctx, t.selectRows(layout)+`e.id = any ($1)`, ids)
+	rows, err := conn.Query(ctx, t.selectRows(layout)+t.id("e")+` = any ($1)`, ids)
 	if err != nil {
 		return nil, fmt.Errorf("read rows of %s: %w", t, err)
 	}
@@ -37,7 +37,7 @@ func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []st
 
 // Failed reports whether the row has failed, or is gone and known to have.
 func (t Table) Failed(ctx context.Context, conn *pgx.Conn, id string) (failed bool, err error) {
-	err = conn.QueryRow(ctx, `select exists (select from `+t.String()+` where id = $1 and status = 'failed')
+	err = conn.QueryRow(ctx, `select exists (select from `+t.String()+` e where `+t.id("e")+` = $1 and status = 'failed')
 		or exists (select from `+t.leftovers()+` where slot = $2 and id = $1 and outcome = 'failed')`, id, t.Slot).Scan(&failed)
 	if err != nil {
 		return false, fmt.Errorf("read the status of event %s: %w", id, err)
@@ -48,7 +48,7 @@ func (t Table) Failed(ctx context.Context, conn *pgx.Conn, id string) (failed bo
 // selectRows begins a query for rows of table e: what scanRow takes, but for the
 // condition.
 func (t Table) selectRows(layout Layout) string {
-	return `select e.retried_attempts, ` + t.texts(layout) + ` from ` + t.String() + ` e where `
+	return `select e.retried_attempts, ` + t.values(layout) + ` from ` + t.String() + ` e where `
 }
 
 func (t Table) scanRow(r pgx.CollectableRow) (*Row, error) {
@@ -60,14 +60,13 @@ func (t Table) scanRow(r pgx.CollectableRow) (*Row, error) {
 	return row, r.Scan(dest...)
 }
 
-// texts lists the event's columns in the order of Columns.Fields, as text: what
-// pgoutput sends, given the settings that the session is pinned to. Those that
-// the table lacks are NULL.
-func (t Table) texts(layout Layout) string {
+// values lists the event's columns in the order of Columns.Fields. Those that the
+// table lacks are NULL.
+func (t Table) values(layout Layout) string {
 	var list []string
 	for _, field := range t.Columns.Fields(&Event{}) {
 		if layout.Columns[field.Name] {
-			list = append(list, "e."+pgx.Identifier{field.Name}.Sanitize()+"::text")
+			list = append(list, t.value("e", field))
 		} else {
 			list = append(list, "null::text")
 		}

@@ -45,6 +45,7 @@ func (t Table) function(name string) string { return pgx.Identifier{t.Schema, na
 type Layout struct {
 	OID     uint32
 	Columns map[string]bool // all that the table has
+	Payload string          // the type of the payload
 }
 
 // Inspect reads the layout and checks that the relay can work with the table;
@@ -64,15 +65,17 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 // error that says what to do.
 func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	l := Layout{Columns: map[string]bool{}}
-	rows, err := conn.Query(ctx, `select a.attrelid, a.attname
-		from pg_catalog.pg_attribute a
+	rows, err := conn.Query(ctx, `select a.attrelid, a.attname, pg_catalog.format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null)
+		from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
 		where a.attrelid = pg_catalog.to_regclass($1) and a.attnum > 0 and not a.attisdropped`, t.String())
 	if err != nil {
 		return l, fmt.Errorf("read the columns of %s: %w", t, err)
 	}
-	var column string
-	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column}, func() error {
+	var column, kind string
+	types := map[string]string{}
+	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind}, func() error {
 		l.Columns[column] = true
+		types[column] = kind
 		return nil
 	})
 	switch {
@@ -85,7 +88,8 @@ func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
 		return l, &fault.Error{What: fmt.Sprintf("table %s has no column %s", t, strings.Join(missing, ", ")), Remedy: t.Columns.remedy(missing), SQL: t.addColumns(missing)}
 	}
-	return l, nil
+	l.Payload = types[t.Columns.Name("payload")]
+	return l, t.checkTypes(types)
 }
 
 // CheckPartitionKey refuses a table that recording an outcome would move rows
@@ -111,7 +115,7 @@ var columnTypes = map[string]string{"id": "text", "version": "int", "aggregate_t
 func (t Table) addColumns(missing []string) string {
 	var add []string
 	for _, name := range missing {
-		if columnTypes[name] == "" {
+		if columnTypes[name] == "" || t.Columns.Names != nil {
 			return ""
 		}
 		add = append(add, "ADD COLUMN "+name+" "+columnTypes[name])
@@ -119,14 +123,34 @@ func (t Table) addColumns(missing []string) string {
 	return "ALTER TABLE " + t.String() + " " + strings.Join(add, ", ")
 }
 
-// remedy says what to do about columns that the table lacks.
-func (c Columns) remedy(missing []string) string {
-	for _, name := range c.Extra {
-		if slices.Contains(missing, name) {
-			return "add it, or leave it out of OUTBOX_SUBJECT"
+// Types that the relay can work with, as format_type has them. An id's text must
+// be what pgoutput sends, which that of character(n), padded there, is not.
+var (
+	idTypes      = []string{"text", "character varying", "uuid", "bigint", "integer", "smallint"}
+	payloadTypes = []string{"jsonb", "json", "text", "character varying", "bytea"}
+	headerTypes  = []string{"jsonb", "json", "text", "character varying"}
+	statusTypes  = []string{"text", "character varying"}
+	timeTypes    = []string{"timestamp with time zone", "timestamp without time zone"}
+)
+
+// checkTypes refuses columns of a type that the relay can't work with. Those that
+// the table lacks are not its business.
+func (t Table) checkTypes(types map[string]string) error {
+	for _, c := range []struct {
+		usual string
+		take  []string
+	}{
+		{"id", idTypes}, {"payload", payloadTypes}, {"headers", headerTypes}, {"status", statusTypes},
+		{"created_at", timeTypes}, {"published_at", timeTypes}, {"failed_at", timeTypes}, {"retried_at", timeTypes},
+		{"failed_reasons", []string{"text[]"}},
+	} {
+		name := t.Columns.Name(c.usual)
+		if kind := types[name]; kind != "" && !slices.Contains(c.take, kind) {
+			return &fault.Error{What: fmt.Sprintf("column %s of table %s is of type %s", pgx.Identifier{name}.Sanitize(), t, kind),
+				Remedy: "it can be " + strings.Join(c.take, ", ")}
 		}
 	}
-	return "add it, or give it its name back"
+	return nil
 }
 
 // Lacks returns those of the names that the table has not.
@@ -138,26 +162,6 @@ func (l Layout) Lacks(names []string) []string {
 		}
 	}
 	return missing
-}
-
-// Required names the columns without which a row is no event.
-func (c Columns) Required() []string { return c.names(true) }
-
-// names lists the columns that are required, or those that may be missing.
-func (c Columns) names(required bool) []string {
-	var names []string
-	for _, field := range c.Fields(&Event{}) {
-		if field.Required == required {
-			names = append(names, field.Name)
-		}
-	}
-	return names
-}
-
-// strange returns those of the columns that no event has.
-func (c Columns) strange(columns []string) []string {
-	known := append(c.names(true), c.names(false)...)
-	return slices.DeleteFunc(slices.Clone(columns), func(name string) bool { return slices.Contains(known, name) })
 }
 
 // CheckOwnTables makes sure that what migrate makes for the relay itself is there.
@@ -185,30 +189,18 @@ func (t Table) Fill(ctx context.Context, conn *pgx.Conn, e *Event, names []strin
 	var list []string
 	var dest []any
 	for _, field := range t.Columns.Fields(e) {
-		for _, name := range names {
-			if field.Name == name {
-				list = append(list, pgx.Identifier{name}.Sanitize()+"::text")
-				dest = append(dest, field.Value)
-			}
+		if slices.Contains(names, field.Name) {
+			list = append(list, t.value("e", field))
+			dest = append(dest, field.Value)
 		}
 	}
-	texts := make([]*string, len(dest))
-	into := make([]any, len(dest))
-	for i := range texts {
-		into[i] = &texts[i]
-	}
-	err := conn.QueryRow(ctx, `select `+strings.Join(list, ", ")+` from `+t.String()+` where id = $1`,
-		string(e.ID)).Scan(into...)
+	err := conn.QueryRow(ctx, `select `+strings.Join(list, ", ")+` from `+t.String()+` e where `+t.id("e")+` = $1`,
+		string(e.ID)).Scan(dest...)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return ErrNoRow
 	case err != nil:
 		return fmt.Errorf("read %s of event %s: %w", strings.Join(names, ", "), e.ID, err)
-	}
-	for i, text := range texts {
-		if text != nil {
-			*dest[i].(*[]byte) = []byte(*text)
-		}
 	}
 	return nil
 }

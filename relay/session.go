@@ -87,6 +87,7 @@ func (s *session) connect(ctx context.Context) error {
 	if s.layout, err = s.table.Inspect(ctx, s.sql); err != nil {
 		return err
 	}
+	s.table.Columns.Payload = s.layout.Payload
 	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
 		return err
 	}
@@ -221,6 +222,7 @@ func (s *session) connectStream(ctx context.Context) error {
 	config := s.relay.config.Sink(s.system)
 	config.Stream.Create = config.Stream.Create && !s.known
 	s.message = config.Message
+	s.message.Columns = s.table.Columns
 	client := s.relay.client.Load()
 	if client == nil {
 		var err error

@@ -53,6 +53,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 		"application_name":    "outbox-relay",
 		"client_encoding":     "UTF8",
 		"DateStyle":           "ISO, MDY",
+		"bytea_output":        "hex",
 		"TimeZone":            "UTC",
 		"IntervalStyle":       "postgres",
 		"extra_float_digits":  "1",

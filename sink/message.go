@@ -60,20 +60,22 @@ type builder struct {
 
 func newBuilder(config MessageConfig) *builder {
 	b := &builder{config: config}
-	fields := config.Columns.Fields(&b.event)
 	for _, token := range config.Subject {
-		var column *[]byte
-		for _, field := range fields {
-			if token.Column != "" && field.Name == token.Column {
-				column = field.Value
-			}
-		}
-		b.columns = append(b.columns, column)
+		b.columns = append(b.columns, config.Columns.Find(&b.event, token.Column)) // nil for a literal
 	}
 	if config.CloudEvents {
-		b.constant = fmt.Appendf(nil, "ce-specversion: 1.0\r\nce-source: %s\r\ncontent-type: application/json\r\n", percent(nil, []byte(config.Source)))
+		b.constant = fmt.Appendf(nil, "ce-specversion: 1.0\r\nce-source: %s\r\ncontent-type: %s\r\n", percent(nil, []byte(config.Source)), config.contentType())
 	}
 	return b
+}
+
+// contentType is that of the payload. What a text holds nobody says: an outbox's
+// is JSON.
+func (c MessageConfig) contentType() string {
+	if c.Columns.Bytea() {
+		return "application/octet-stream"
+	}
+	return "application/json"
 }
 
 // build makes the event's message but for its reply subject and expected
@@ -264,6 +266,13 @@ func (b *builder) cloudEvent() {
 	b.time()
 }
 
+var zone = []byte("+00")
+
+// fraction reports whether nothing but a fraction of a second is left of a time.
+func fraction(rest []byte) bool {
+	return len(rest) == 0 || rest[0] == '.' && !bytes.ContainsAny(rest, "+-: ")
+}
+
 // percent appends a value as CloudEvents wants it in a header.
 func percent(dst, value []byte) []byte {
 	for _, c := range value {
@@ -276,18 +285,18 @@ func percent(dst, value []byte) []byte {
 	return dst
 }
 
-// time adds ce-time: Postgres's "2026-11-23 13:15:00.123456+00" as RFC 3339.
-// What RFC 3339 can't say (infinity, other than four digits of year) is left
-// out.
+// time adds ce-time: Postgres's "2026-11-23 13:15:00.123456+00" as RFC 3339. A
+// timestamp without time zone is UTC. What RFC 3339 can't say (infinity, other
+// than four digits of year) is left out.
 func (b *builder) time() {
-	value := b.event.CreatedAt
-	if len(value) < 22 || value[4] != '-' || value[10] != ' ' || string(value[len(value)-3:]) != "+00" {
+	value := bytes.TrimSuffix(b.event.CreatedAt, zone)
+	if len(value) < 19 || value[4] != '-' || value[10] != ' ' || !fraction(value[19:]) {
 		return
 	}
 	b.name("ce-time")
 	b.headers = append(b.headers, value[:10]...)
 	b.headers = append(b.headers, 'T')
-	b.headers = append(b.headers, value[11:len(value)-3]...)
+	b.headers = append(b.headers, value[11:]...)
 	b.headers = append(b.headers, 'Z')
 	b.end()
 }

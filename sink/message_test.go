@@ -101,12 +101,12 @@ func FuzzSubjectToken(f *testing.F) {
 // echo publishes what the builder made on a connection like the relay's, and
 // returns the message that a consumer gets.
 type echo struct {
-	*testing.T
+	testing.TB
 	client *Client
 	got    chan *nats.Msg
 }
 
-func newEcho(t *testing.T) *echo {
+func newEcho(t testing.TB) *echo {
 	t.Helper()
 	server := testenv.NATS(t, testenv.NATSOptions{})
 	client := connectTo(t, Config{Servers: []string{server.URL()}})
@@ -115,7 +115,7 @@ func newEcho(t *testing.T) *echo {
 		t.Fatal(err)
 	}
 	t.Cleanup(consumer.Close)
-	e := &echo{T: t, client: client, got: make(chan *nats.Msg, 10)}
+	e := &echo{TB: t, client: client, got: make(chan *nats.Msg, 10)}
 	if _, err := consumer.ChanSubscribe(">", e.got); err != nil {
 		t.Fatal(err)
 	}
@@ -229,6 +229,11 @@ func TestTimes(t *testing.T) {
 	for value, want := range map[string]string{
 		"2026-01-02 03:04:05+00":            "2026-01-02T03:04:05Z",
 		"0001-01-02 03:04:05.000001+00":     "0001-01-02T03:04:05.000001Z",
+		"2026-01-02 03:04:05":               "2026-01-02T03:04:05Z", // timestamp
+		"2026-01-02 03:04:05.5":             "2026-01-02T03:04:05.5Z",
+		"2026-01-02 03:04:05 BC":            "",
+		"2026-01-02 03:04:05.5 BC":          "",
+		"2026-01-02 03:04:05.123+05:30":     "",
 		"infinity":                          "",
 		"-infinity":                         "",
 		"":                                  "",

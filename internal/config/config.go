@@ -24,6 +24,7 @@ const prefix = "OUTBOX"
 // Config is the whole configuration of a relay. Every field is valid.
 type Config struct {
 	Postgres         Postgres
+	Columns          map[string]string // the outbox's own names of columns, by their usual ones; nil: it has those
 	NATS             NATS
 	Stream           Stream
 	Subject          Subject
@@ -151,6 +152,7 @@ func (e *environment) config(f *faults) Config {
 			Slot:        read(f, e.Slot, parseSlot),
 			Publication: read(f, e.Publication, parsePublication),
 		},
+		Columns: e.columns(f),
 		NATS: NATS{
 			Servers:     read(f, e.NatsURL, parseServers),
 			Creds:       readPath(f, e.NatsCreds),

@@ -20,6 +20,13 @@ type environment struct {
 	PostgresURL           text `split_words:"true" needed:"true" desc:"URL or DSN of the database; several hosts allowed"`
 	PostgresURLFile       text `split_words:"true" desc:"file that holds it instead, read again at each reconnect"`
 	Table                 text `split_words:"true" default:"public.events" desc:"the outbox table"`
+	ColumnID              text `split_words:"true" desc:"column of the id in an outbox of your own; empty: id"`
+	ColumnAggregateType   text `split_words:"true" desc:"column of the aggregate type in an outbox of your own; empty: aggregate_type"`
+	ColumnAggregateID     text `split_words:"true" desc:"column of the aggregate id in an outbox of your own; empty: aggregate_id"`
+	ColumnEventType       text `split_words:"true" desc:"column of the event type in an outbox of your own; empty: event_type"`
+	ColumnPayload         text `split_words:"true" desc:"column of the payload in an outbox of your own; empty: payload"`
+	ColumnHeaders         text `split_words:"true" desc:"column of the headers in an outbox of your own; empty: headers"`
+	ColumnCreatedAt       text `split_words:"true" desc:"column of the time in an outbox of your own; empty: created_at"`
 	Slot                  text `split_words:"true" default:"outbox_relay" desc:"the replication slot, made by the first run"`
 	Publication           text `split_words:"true" default:"outbox_relay" desc:"the publication, made by migrate"`
 	NatsURL               text `split_words:"true" default:"nats://127.0.0.1:4222" desc:"comma-separated NATS servers"`

@@ -73,7 +73,7 @@ func cutIdentifier(s string) (identifier, rest string, err error) {
 	switch {
 	case err != nil:
 	case identifier == "":
-		err = errors.New("holds an empty name: write schema.table")
+		err = errors.New("holds an empty name: write one")
 	case len(identifier) > maxIdentifier:
 		err = fmt.Errorf("holds a name of %d bytes: Postgres keeps %d", len(identifier), maxIdentifier)
 	}

@@ -34,7 +34,7 @@ func Usage() string {
 }
 
 // later matches the variables that later releases bring.
-var later = regexp.MustCompile(`^OUTBOX_(HTTP_TOKEN(_FILE)?|COLUMN_.+)$`)
+var later = regexp.MustCompile(`^OUTBOX_HTTP_TOKEN(_FILE)?$`)
 
 // serviceLink matches what Kubernetes puts into each container's environment
 // for a Service named outbox or outbox-…, wanted or not.
