@@ -122,6 +122,9 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	case errors.Is(err, ops.ErrUsage):
 		fmt.Fprintf(stderr, "outbox-relay: %s\n", err)
 		return exitUsage
+	case err != nil && command == "run" && cfg.Log.Format == config.LogJSON:
+		logger(cfg.Log, stderr).Error("halted", "error", err)
+		return exitFatal
 	case err != nil:
 		fmt.Fprintf(stderr, "outbox-relay: %s\n", err)
 		return exitFatal
@@ -160,7 +163,16 @@ func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		collectors.NewBuildInfoCollector())
 	registry.MustRegister(buildInfo())
-	r := relay.New(relayConfig(cfg), log, relay.NewMetrics(registry))
+	relaying := relayConfig(cfg)
+	tracing, err := ops.StartTracing(ctx, buildVersion(), cfg.Subject.String(), log)
+	if err != nil {
+		return err
+	}
+	if tracing != nil {
+		defer tracing.Stop()
+		relaying.Tracer = tracing
+	}
+	r := relay.New(relaying, log, relay.NewMetrics(registry))
 	log.Info("outbox-relay", "version", buildVersion(), "table", cfg.Postgres.Table.String(), "slot", cfg.Postgres.Slot,
 		"stream", cfg.Stream.Name, "after_publish", string(cfg.AfterPublish))
 	if cfg.HTTPAddr == "" {

@@ -270,6 +270,7 @@ func (p *pipeline) park(ctx context.Context, index uint64, e *outbox.Event, reas
 	e.CopyTo(&whole.Event, nil)
 	p.tracker.Park(index, whole)
 	p.relay.metrics.types.of(e.AggregateType).parked.Inc()
+	p.trace(e, 0, time.Time{}, time.Now(), reason)
 	p.log.Warn("parked an event that can never be stored", "id", string(e.ID), "reason", reason, "position", e.Position.String())
 	return nil
 }
@@ -300,6 +301,7 @@ func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, se
 		c.alreadyStored.Inc()
 		return
 	}
+	p.trace(e, sequence, sent, answered, "")
 	c.published.Inc()
 	c.bytes.Add(float64(e.Size()))
 	m.publishSeconds.Observe(answered.Sub(sent).Seconds())

@@ -28,6 +28,7 @@ type Config struct {
 	Grace        time.Duration // for the last events when the relay is stopped
 	Backfill     bool          // publish the rows that were pending before the slot
 	Housekeeping Housekeeping
+	Tracer       Tracer // nil: none
 }
 
 // unrecordedBound is how many events may be stored and not recorded. It bounds
