@@ -140,6 +140,6 @@ func (p *progress) add(rows int) {
 func (p *progress) end() {
 	p.relay.metrics.backlogLeft.Set(0)
 	if p.done > 0 {
-		p.log.Info("published the rows that do not come out of the slot", "rows", p.done, "took", time.Since(p.began).Round(time.Millisecond))
+		p.log.Info("published the rows that do not come out of the slot", "rows", p.done, "duration", time.Since(p.began).Round(time.Millisecond))
 	}
 }

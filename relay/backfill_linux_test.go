@@ -54,7 +54,7 @@ func TestBackfillInFlatMemory(t *testing.T) {
 	}
 	b.requireReady(address, http.StatusOK, "streaming")
 	for _, line := range strings.Split(r.Logs(), "\n") {
-		if strings.Contains(line, "took=") {
+		if strings.Contains(line, "duration=") {
 			t.Log(line)
 		}
 	}

@@ -66,23 +66,20 @@ func noText(err error) bool {
 }
 
 func (p *pipeline) tellRequest(b checkpoint.TableBatch, leftOut int) {
-	args := []any{"source", string(b.Source), "events", len(b.IDs), "position", b.End.String()}
-	if b.Run != "" {
-		args = append(args, "run", b.Run)
-	}
 	if len(b.IDs) > 0 {
-		p.log.Info("publishing from the table", args...)
+		p.log.Info("publishing from the table", "source", string(b.Source), "events", len(b.IDs), "position", b.End.String(), "run", b.Run)
 	}
 	if leftOut > 0 {
 		p.relay.metrics.unmatched.Add(float64(leftOut))
-		p.log.Warn("rows that were asked for are gone, or have another state by now: they are left out", append(args, "left_out", leftOut)...)
+		p.log.Warn("rows that were asked for are gone, or have another state by now: they are left out",
+			"source", string(b.Source), "left_out", leftOut, "position", b.End.String(), "run", b.Run)
 	}
 }
 
 // stray passes over a request that nobody can read.
 func (p *pipeline) stray(err error) {
 	p.relay.metrics.unmatched.Inc()
-	p.log.Warn("ignored a request to publish rows", "error", err, "commit", p.decoder.Event.Position.Commit.String())
+	p.log.Warn("ignored a request to publish rows", "error", err, "commit_lsn", p.decoder.Event.Position.Commit.String())
 }
 
 // pass lets the checkpoint move past a request that has nothing to publish.

@@ -76,7 +76,7 @@ func (s *session) heal(ctx context.Context, slotExists bool, why string) error {
 		return err
 	}
 	s.log.Warn("healing the outbox from its table", "reason", why, "position", cp.Position.String(),
-		"limit", "rows that were inserted and deleted since then are lost")
+		"loss", "rows that were inserted and deleted since then are lost")
 	s.relay.metrics.healed.Inc()
 	if err := s.settleTail(ctx, &cp); err != nil {
 		return err

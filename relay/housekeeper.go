@@ -177,7 +177,7 @@ func (h *housekeeper) connect(ctx context.Context) error {
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		if notice.Message != h.notice { // what is in use for long is told once
 			h.notice = notice.Message
-			h.log.Info("housekeeping: " + notice.Message)
+			h.log.Info("Postgres has a word about housekeeping", "notice", notice.Message)
 		}
 	}
 	conn, err := pgx.ConnectConfig(ctx, config)

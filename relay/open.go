@@ -88,7 +88,7 @@ func (s *session) createSlot(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	s.log.Info("created the slot", "slot", s.table.Slot, "consistent_point", created.Point.String())
+	s.log.Info("created the slot", "slot", s.table.Slot, "lsn", created.Point.String())
 	if !s.relay.config.Backfill {
 		return s.tellPending(ctx)
 	}
@@ -125,19 +125,16 @@ func (s *session) openBacklog(ctx context.Context) error {
 func (s *session) tellWaiting(ctx context.Context) {
 	for pause(ctx, 5*time.Second) == nil {
 		var pid int
-		var since *time.Time
-		// pg_locks shows to everybody who has a transaction id.
-		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, a.xact_start
+		var since time.Time
+		// pg_locks shows to everybody who has a transaction id; since when, not.
+		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, coalesce(a.xact_start, pg_catalog.now())
 			from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
 			where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> pg_catalog.pg_backend_pid()
 			order by l.transactionid::text::bigint limit 1`).Scan(&pid, &since)
 		if err != nil {
 			continue // none, or the connection is broken, which its next user finds
 		}
-		args := []any{"slot", s.table.Slot, "pid", pid, "remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid)}
-		if since != nil {
-			args = append(args, "since", since.UTC())
-		}
-		s.log.Warn("the slot still waits for an open transaction", args...)
+		s.log.Warn("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since.UTC(),
+			"remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid))
 	}
 }

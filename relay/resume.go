@@ -146,7 +146,7 @@ func (s *session) lookBack(ctx context.Context, from *origin) error {
 	if err := s.look(ctx, from.reader, &lookahead{end: now.WALEnd, take: brought.take}); err != nil {
 		return err
 	}
-	s.log.Info("looked which rows the slot brings", "rows", len(brought.known)+len(brought.retried), "up_to", now.WALEnd.String())
+	s.log.Info("looked which rows the slot brings", "rows", len(brought.known)+len(brought.retried), "lsn", now.WALEnd.String())
 	return s.readAgain(ctx, from)
 }
 

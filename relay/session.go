@@ -352,7 +352,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	if p.halted.Load() != nil || (ctx.Err() != nil && work.Err() == nil) {
 		s.relay.state.Store(Stopping)
 		if drained := s.drain(work, p, recorder, from.reader); drained != nil {
-			s.log.Warn("stopped before all was done: the next start takes it up", "reason", drained)
+			s.log.Warn("stopped before all was done: the next start takes it up", "error", drained)
 		}
 	}
 	cancel()
@@ -369,7 +369,7 @@ func (s *session) drain(work context.Context, p *pipeline, recorder *recorder, r
 		fmt.Errorf("OUTBOX_SHUTDOWN_GRACE of %s is over", s.relay.config.Grace))
 	defer cancel()
 	events, _ := p.chain.InFlight()
-	s.log.Info("stopping", "inflight_events", events)
+	s.log.Info("stopping", "events", events)
 	clean := p.chain.Drain(ctx)
 	if err := recorder.flush(ctx, clean == nil); err != nil {
 		return err
@@ -383,7 +383,7 @@ func (s *session) drain(work context.Context, p *pipeline, recorder *recorder, r
 	if err := reader.Finish(ctx); err != nil {
 		return fmt.Errorf("end the replication session: %w", err)
 	}
-	s.log.Info("stopped", "confirmed", reader.Confirmed().String())
+	s.log.Info("stopped", "confirmed_lsn", reader.Confirmed().String())
 	return nil
 }
 

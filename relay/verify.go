@@ -85,7 +85,7 @@ func (s *session) verifyIdentity(ctx context.Context, cp *checkpoint.Checkpoint,
 			cp.Stream, s.stream.Created, cp.StreamCreated.UTC()), "")
 	}
 	s.log.Info("the stream says another creation time than before, and has the checkpoint's message: its server was started again",
-		"stream", cp.Stream, "created", s.stream.Created, "checkpoint_created", cp.StreamCreated.UTC())
+		"stream", cp.Stream, "created_at", s.stream.Created, "checkpoint_created_at", cp.StreamCreated.UTC())
 	cp.StreamCreated = s.stream.Created
 	return nil
 }
@@ -132,7 +132,7 @@ func (s *session) verifyTimeline(cp checkpoint.Checkpoint) error {
 	}
 	s.left = left
 	s.log.Warn("the server is on another timeline than the checkpoint: a standby was promoted, or a backup restored",
-		"timeline", s.system.Timeline, "checkpoint_timeline", cp.Timeline, "left_at", left.String())
+		"timeline", s.system.Timeline, "checkpoint_timeline", cp.Timeline, "left_lsn", left.String())
 	return nil
 }
 
@@ -182,7 +182,7 @@ func (s *session) verifyStream(ctx context.Context, cp *checkpoint.Checkpoint, s
 	case earlier == nil:
 		return s.forgot(what)
 	}
-	s.log.Error(what, "remedy", "none needed: the lost events are read again from the slot and sent again",
+	s.log.Error("the broker forgot messages that it had acknowledged", "reason", what, "remedy", "none needed: the lost events are read again from the slot and sent again",
 		"from_position", earlier.Position.String(), "from_sequence", earlier.Sequence)
 	return s.store.GoBack(ctx, cp, *earlier)
 }

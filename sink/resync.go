@@ -88,7 +88,7 @@ func (ch *Chain) goOn() {
 	if ch.outage.began.IsZero() {
 		return
 	}
-	ch.log.Info("publishing goes on", "after", time.Since(ch.outage.began).Round(time.Millisecond))
+	ch.log.Info("publishing goes on", "duration", time.Since(ch.outage.began).Round(time.Millisecond))
 	ch.outage = outage{}
 	ch.client.denied.Store(nil)
 }
@@ -102,7 +102,7 @@ func (ch *Chain) tellInterrupted(err error) {
 // tell says once a minute why the outage lasts. ch.mu is held.
 func (ch *Chain) tell(err error) {
 	if time.Since(ch.outage.said) > time.Minute {
-		ch.log.Warn("publishing is still interrupted", "since", time.Since(ch.outage.began).Round(time.Second), "error", ch.explain(err))
+		ch.log.Warn("publishing is still interrupted", "duration", time.Since(ch.outage.began).Round(time.Second), "error", ch.explain(err))
 		ch.outage.said = time.Now()
 	}
 }
@@ -315,7 +315,7 @@ func (r *resyncer) blur(first, last uint64) {
 		r.at(n).blurred = true
 	}
 	r.log.Error("a message that is not this relay's took a place in the stream: events overtook others",
-		"stream", r.stream.Name, "overtaken", string(r.at(first).event.ID), "by", string(r.at(last).event.ID),
+		"stream", r.stream.Name, "id", string(r.at(first).event.ID), "overtaken_by", string(r.at(last).event.ID),
 		"remedy", "deny others to publish on the relay's subjects")
 }
 
