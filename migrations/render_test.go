@@ -94,7 +94,7 @@ func TestRenderAdopts(t *testing.T) {
 	}
 	for _, want := range []string{
 		`values ('OUTBOX_COLUMN_ID', 'event''s id'), ('OUTBOX_COLUMN_AGGREGATE_TYPE', 'aggregatetype'), ('OUTBOX_COLUMN_EVENT_TYPE', 'type'), ('OUTBOX_COLUMN_PAYLOAD', 'payload'), ('OUTBOX_COLUMN_HEADERS', 'meta'))`,
-		`on "outbox" (("outbox"."event's id"::text))`,
+		`create unique index if not exists "outbox_id_text_index" on "outbox" (("outbox"."event's id"::text))`,
 		`a.attname = 'event''s id'`,
 		`comment on column "outbox"."meta"`,
 		`add column if not exists "meta"      jsonb`,

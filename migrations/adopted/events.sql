@@ -47,7 +47,8 @@ begin
                   hint = 'The relay says there what became of an event: pending, published or failed. Give the application''s column another name.';
     end if;
 
-    -- All that looks for a row does so by the text of its id.
+    -- All that looks for a row does so by the text of its id. That it is unique tells
+    -- the planner, before there are statistics, that it finds one row.
     if not exists (select
                    from pg_index as i
                    join pg_attribute as a on a.attrelid = i.indrelid and a.attnum = i.indkey[0]
@@ -57,9 +58,14 @@ begin
                      and m.amname = 'btree' and i.indpred is null and i.indisvalid)
     then
         -- Building it holds writers up for as long as the table takes to be read: where
-        -- that is too long, make it beforehand with CREATE INDEX CONCURRENTLY under
-        -- this name.
-        create index if not exists events_id_text_index on events ((events.id::text));
+        -- that is too long, make it beforehand with CREATE UNIQUE INDEX CONCURRENTLY
+        -- under this name.
+        if (select relkind from pg_class where oid = outbox) = 'p' then
+            create index if not exists events_id_text_index on events ((events.id::text));
+        else
+            create unique index if not exists events_id_text_index on events ((events.id::text));
+        end if;
+        analyze events;
     end if;
 end;
 $do$;
