@@ -205,9 +205,9 @@ func (t Table) ReadSurroundings(ctx context.Context, conn *pgx.Conn) (s Surround
 // publication publishes updates or deletes of the table, and the table has no
 // replica identity, or the publication does not list its columns.
 func (t Table) CheckIdentity(ctx context.Context, conn *pgx.Conn) error {
-	statements := []string{`update ` + t.String() + ` set status = status where id = ''`}
+	statements := []string{`update ` + t.String() + ` e set status = status where ` + t.id("e") + ` = ''`}
 	if t.Mode == Delete {
-		statements = append(statements, `delete from `+t.String()+` where id = ''`)
+		statements = append(statements, `delete from `+t.String()+` e where `+t.id("e")+` = ''`)
 	}
 	for _, statement := range statements {
 		_, err := conn.Exec(ctx, `explain `+statement)

@@ -115,6 +115,9 @@ func TestDebeziumOutbox(t *testing.T) {
 	if logs := o.command("status").Logs(); !strings.Contains(logs, "published") {
 		t.Error(logs)
 	}
+	if logs := o.command("doctor").Logs(); !strings.Contains(logs, "the application's own") {
+		t.Error(logs)
+	}
 	o.command("replay", "--event-type", "OrderLine Updated", "--run", "again", "--yes")
 	o.requireStream(append(append(slices.Clone(ids), large...), "00000000-0000-0000-0000-00000000000a:again"))
 	if code := r.Terminate(); code != 0 {
