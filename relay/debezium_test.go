@@ -115,7 +115,7 @@ func TestDebeziumOutbox(t *testing.T) {
 	if logs := o.command("status").Logs(); !strings.Contains(logs, "published") {
 		t.Error(logs)
 	}
-	if logs := o.command("doctor").Logs(); !strings.Contains(logs, "the application's own") {
+	if logs := o.command("doctor").Logs(); !strings.Contains(logs, "none is needed") {
 		t.Error(logs)
 	}
 	o.command("replay", "--event-type", "OrderLine Updated", "--run", "again", "--yes")
