@@ -1,6 +1,7 @@
 package deploytest
 
 import (
+	"errors"
 	"strings"
 	"testing"
 
@@ -9,6 +10,7 @@ import (
 	batchv1 "k8s.io/api/batch/v1"
 	corev1 "k8s.io/api/core/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	"sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -39,12 +41,23 @@ func decode(t *testing.T, manifest string) (objects []any) {
 			t.Fatalf("%s %s is of no kind that is expected", head.APIVersion, head.Kind)
 		}
 		object := made()
-		if err := yaml.UnmarshalStrict([]byte(document), object); err != nil {
+		if err := strict([]byte(document), object); err != nil {
 			t.Fatalf("%s: %v\n%s", head.Kind, err, document)
 		}
 		objects = append(objects, object)
 	}
 	return objects
+}
+
+// strict decodes as the API server does: letters' case counts, and sigs.k8s.io/yaml
+// alone does not look at it.
+func strict(document []byte, object any) error {
+	text, err := yaml.YAMLToJSONStrict(document)
+	if err != nil {
+		return err
+	}
+	faults, err := json.UnmarshalStrict(text, object)
+	return errors.Join(append(faults, err)...)
 }
 
 // only returns the object of this type, and fails unless there is exactly one.
