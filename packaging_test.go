@@ -37,14 +37,15 @@ func compose(t *testing.T) *types.Project {
 
 func TestComposeFile(t *testing.T) {
 	project := compose(t)
-	if got := slices.Sorted(maps.Keys(project.Services)); !slices.Equal(got, []string{"migrate", "nats", "postgres", "relay"}) {
+	if got := slices.Sorted(maps.Keys(project.Services)); !slices.Equal(got, []string{"migrate", "nats", "postgres", "relay", "roles"}) {
 		t.Fatalf("services %v", got)
 	}
 	if !slices.Contains(project.Services["postgres"].Command, "wal_level=logical") {
 		t.Error("Postgres is not set to wal_level=logical")
 	}
 	for name, service := range project.Services {
-		if name != "migrate" && service.HealthCheck == nil {
+		ends := name == "migrate" || name == "roles"
+		if !ends && service.HealthCheck == nil {
 			t.Errorf("service %s has no health check", name)
 		}
 		for dependency := range service.DependsOn {
@@ -56,6 +57,9 @@ func TestComposeFile(t *testing.T) {
 	relay := project.Services["relay"]
 	if got := strings.Join(relay.HealthCheck.Test, " "); got != "CMD /outbox-relay healthcheck" {
 		t.Errorf("the relay's health check is %q", got)
+	}
+	if url := relay.Environment["OUTBOX_POSTGRES_URL"]; !strings.HasPrefix(*url, "postgres://relay:") {
+		t.Errorf("the relay connects by %s, not as the role that deploy/postgres/roles.sql makes", *url)
 	}
 	if !relay.ReadOnly {
 		t.Error("the relay's root file system can be written")
