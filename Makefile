@@ -23,7 +23,7 @@ SAME = ^(TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomM
 test: test-deploy
 	$(GO) build ./...
 	$(GO) test ./decoder
-	CGO_ENABLED=1 $(GO) test -race -timeout 15m ./relay $(shell $(GO) list ./... | grep -v /decoder$$)
+	CGO_ENABLED=1 $(GO) test -race -timeout 30m ./relay $(shell $(GO) list ./... | grep -v /decoder$$)
 
 ## test-deploy: the Kubernetes manifests and the Helm chart; a module of its own, and
 ## without vet, which would look at all of Kubernetes
@@ -34,7 +34,7 @@ test-deploy:
 test-versions: $(addprefix test-version-,$(VERSIONS))
 
 test-version-%:
-	POSTGRES_VERSION=$* $(GO) test -count=1 -timeout 15m -skip '$(SAME)' $(INTEGRATION)
+	POSTGRES_VERSION=$* $(GO) test -count=1 -timeout 30m -skip '$(SAME)' $(INTEGRATION)
 
 ## chaos: the promise under faults. CHAOS_SEED repeats a run, CHAOS_RATE sets rows
 ## a second, CHAOS_NATS_VERSION (v2.12.0) another nats-server, POSTGRES_VERSION
