@@ -13,9 +13,9 @@ VERSIONS ?= 15 16 17 18
 # The packages whose tests depend on the version of Postgres.
 INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication ./relay
 # Tests of these that take long and whose outcome does not.
-SAME = ^(TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
+SAME = ^(TestPage|TestPageIsReadOnlyWithoutToken|TestOutagesAreNoStall|TestMigrateShowsProgress|TestRunShowsBackfillAndDraining|TestReplayShowsProgress|TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
 
-.PHONY: test test-deploy test-versions chaos lint bench bench-quick build release release-check demo
+.PHONY: test test-deploy test-versions chaos lint bench bench-quick build release release-check demo pictures
 
 ## test: all tests with the race detector, in a few minutes. The programs that they
 ## start are compiled before, not by several tests at once; ./relay takes longest
@@ -62,6 +62,11 @@ bench-quick:
 ## demo: the main job on a throw-away Postgres and NATS
 demo:
 	$(GO) run ./demo
+
+## pictures: those of the status page and the demo in docs
+pictures:
+	STATUS_SCREENSHOT=$(CURDIR)/docs/status.png $(GO) test -count=1 -run '^TestPage$$' ./ops
+	$(GO) run ./internal/pictures docs/demo.svg $(GO) run ./demo
 
 ## build: the relay as a static binary
 build:

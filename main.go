@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"outbox-relay/internal/config"
+	"outbox-relay/internal/progress"
 	"outbox-relay/migrations"
 	"outbox-relay/ops"
 	"outbox-relay/outbox"
@@ -157,7 +158,9 @@ func admin(cfg config.Config, std streams) ops.Admin {
 
 // relayEvents runs the relay and its HTTP server until ctx ends.
 func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
-	log := logger(cfg.Log, std.err)
+	out, bars := terminal(std.err)
+	journal := ops.NewJournal(logger(cfg.Log, out).Handler())
+	log := slog.New(journal)
 	cfg.MaxInflightBytes = limitMemory(cfg.MaxInflightBytes, log)
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
@@ -172,13 +175,14 @@ func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 		defer tracing.Stop()
 		relaying.Tracer = tracing
 	}
+	relaying.Bar = bars
 	r := relay.New(relaying, log, relay.NewMetrics(registry))
 	log.Info("outbox-relay", "version", buildVersion(), "table", cfg.Postgres.Table.String(), "slot", cfg.Postgres.Slot,
 		"stream", cfg.Stream.Name, "after_publish", string(cfg.AfterPublish))
-	if cfg.HTTPAddr == "" {
+	if cfg.HTTP.Addr == "" {
 		return r.Run(ctx)
 	}
-	listener, err := net.Listen("tcp", cfg.HTTPAddr)
+	listener, err := net.Listen("tcp", cfg.HTTP.Addr)
 	if err != nil {
 		return fmt.Errorf("OUTBOX_HTTP_ADDR: %w: choose another address, or set it empty to serve nothing", err)
 	}
@@ -188,7 +192,11 @@ func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 		defer stop()
 		return r.Run(working)
 	})
-	group.Go(func() error { return ops.NewServer(r, registry).Run(serving, listener) })
+	server := ops.NewServer(ops.Serving{
+		Relay: r, Gatherer: registry, Journal: journal, Log: log, Admin: admin(cfg, std),
+		Token: secret(cfg.HTTP.Token), Debug: cfg.HTTP.Debug, Version: buildVersion(), Stream: cfg.Stream.Name,
+	})
+	group.Go(func() error { return server.Run(serving, listener) })
 	return group.Wait()
 }
 
@@ -278,7 +286,8 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 	if err != nil {
 		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
-	if err := migrations.Up(ctx, postgres, target, logger(cfg.Log, std.err)); err != nil {
+	out, bars := terminal(std.err)
+	if err := migrateShown(ctx, postgres, target, logger(cfg.Log, out), bars); err != nil {
 		return err
 	}
 	conn, err := pgx.ConnectConfig(ctx, postgres)
@@ -288,6 +297,25 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 	defer conn.Close(context.WithoutCancel(ctx))
 	_, err = relayConfig(cfg).Table.Inspect(ctx, conn) // what the first run would find wrong
 	return err
+}
+
+// migrateShown migrates, with a bar where there is a terminal.
+func migrateShown(ctx context.Context, postgres *pgx.ConnConfig, target migrations.Target, log *slog.Logger, bars func(string, int) relay.Bar) error {
+	var bar relay.Bar
+	step := func(done, total int) {
+		switch {
+		case bar != nil:
+			bar.Set(done)
+		case bars != nil && total > 0:
+			bar = bars("migrating", total)
+		}
+	}
+	defer func() {
+		if bar != nil {
+			bar.End()
+		}
+	}()
+	return migrations.Up(ctx, postgres, target, log, step)
 }
 
 func printMigrations(target migrations.Target, std streams) error {
@@ -302,7 +330,17 @@ func printMigrations(target migrations.Target, std streams) error {
 }
 
 func healthcheck(ctx context.Context, cfg config.Config, _ streams) error {
-	return ops.Healthcheck(ctx, cfg.HTTPAddr)
+	return ops.Healthcheck(ctx, cfg.HTTP.Addr)
+}
+
+// terminal returns where the log goes and, if that is a terminal, what shows a bar
+// there that the log does not tear.
+func terminal(out io.Writer) (log io.Writer, bars func(what string, total int) relay.Bar) {
+	t := progress.Open(out)
+	if t == nil {
+		return out, nil
+	}
+	return t, func(what string, total int) relay.Bar { return t.Bar(what, total) }
 }
 
 func logger(cfg config.Log, w io.Writer) *slog.Logger {

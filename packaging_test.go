@@ -79,8 +79,8 @@ func TestComposeConfiguresTheRelay(t *testing.T) {
 		if err != nil {
 			t.Fatalf("service %s: %v", name, err)
 		}
-		if cfg.HTTPAddr != ":8080" {
-			t.Errorf("service %s serves on %q", name, cfg.HTTPAddr)
+		if cfg.HTTP.Addr != ":8080" {
+			t.Errorf("service %s serves on %q", name, cfg.HTTP.Addr)
 		}
 	}
 }

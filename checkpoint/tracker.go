@@ -226,6 +226,14 @@ func (t *Tracker) Len() int {
 	return t.len()
 }
 
+// Progress counts the events that were added, and those of them that are
+// recorded.
+func (t *Tracker) Progress() (added, recorded uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.tail, t.head
+}
+
 // WaitRecorded blocks until the event at index, and all before it, are
 // recorded.
 func (t *Tracker) WaitRecorded(ctx context.Context, index uint64) error {

@@ -35,9 +35,12 @@ const (
 // It may be called at any time, also while a relay runs and while another Up
 // does, for which it waits. It does not change config.
 //
+// step, where it is given, hears before each of the migrations that are to be
+// applied how many of them are done.
+//
 // The role has to own the table, or to have CREATE on the schema where it does
 // not exist yet, and CREATE on the database.
-func Up(ctx context.Context, config *pgx.ConnConfig, t Target, log *slog.Logger) error {
+func Up(ctx context.Context, config *pgx.ConnConfig, t Target, log *slog.Logger, step ...func(done, total int)) error {
 	if err := t.check(); err != nil {
 		return err
 	}
@@ -45,13 +48,13 @@ func Up(ctx context.Context, config *pgx.ConnConfig, t Target, log *slog.Logger)
 	config.RuntimeParams["search_path"] = quote(t.Schema)
 	db := stdlib.OpenDB(*config)
 	defer db.Close()
-	if err := migrate(ctx, db, t, log); err != nil {
+	if err := migrate(ctx, db, t, log, step); err != nil {
 		return fmt.Errorf("migrate %s: %w", t, explain(err, t, config))
 	}
 	return nil
 }
 
-func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error {
+func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger, step []func(done, total int)) error {
 	if err := checkServer(ctx, db, t, log); err != nil {
 		return err
 	}
@@ -64,7 +67,7 @@ func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) error 
 	if err := checkShape(ctx, db, t); err != nil {
 		return err
 	}
-	applied, err := applyFiles(ctx, db, t, log)
+	applied, err := applyFiles(ctx, db, t, log, step)
 	if err != nil {
 		return err
 	}
@@ -178,7 +181,7 @@ func release(conn *sql.Conn) {
 	_ = conn.Close()
 }
 
-func applyFiles(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) (applied bool, err error) {
+func applyFiles(ctx context.Context, db *sql.DB, t Target, log *slog.Logger, step []func(done, total int)) (applied bool, err error) {
 	rendered, err := t.numbered()
 	if err != nil {
 		return false, err
@@ -202,7 +205,14 @@ func applyFiles(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) (ap
 	if err != nil {
 		return false, err
 	}
-	for {
+	total, err := left(ctx, provider)
+	if err != nil {
+		return false, err
+	}
+	for done := 0; ; done++ {
+		for _, tell := range step {
+			tell(done, total)
+		}
 		result, err := provider.UpByOne(ctx)
 		switch {
 		case errors.Is(err, goose.ErrNoNextVersion):
@@ -213,6 +223,17 @@ func applyFiles(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) (ap
 		applied = true
 		log.Info("migration applied", "file", names[result.Source.Version], "table", t.String(), "duration", result.Duration)
 	}
+}
+
+// left counts the migrations that are to be applied.
+func left(ctx context.Context, provider *goose.Provider) (n int, err error) {
+	all, err := provider.Status(ctx)
+	for _, migration := range all {
+		if migration.State == goose.StatePending {
+			n++
+		}
+	}
+	return n, err
 }
 
 // cause is what goose wraps; the file's name is in it already.

@@ -7,13 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/progress"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
@@ -125,7 +125,7 @@ var errNobody = errors.New("nobody can be asked here: say --yes, or look first w
 // confirm asks a question on a terminal; elsewhere the answer has to be given
 // beforehand, by --yes.
 func (a Admin) confirm(ctx context.Context, question string) error {
-	if !isTerminal(a.In) {
+	if !progress.IsTerminal(a.In) {
 		return errNobody
 	}
 	fmt.Fprintf(a.Err, "%s [y/N] ", question)
@@ -147,14 +147,4 @@ func (a Admin) confirm(ctx context.Context, question string) error {
 		}
 		return errors.New("nothing was done")
 	}
-}
-
-// isTerminal reports whether somebody sees, or types, what goes through it.
-func isTerminal(stream any) bool {
-	file, ok := stream.(*os.File)
-	if !ok {
-		return false
-	}
-	info, err := file.Stat()
-	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"outbox-relay/internal/progress"
 	"outbox-relay/outbox"
 )
 
@@ -138,7 +139,7 @@ type replaying struct {
 	progress outbox.Progress
 	moved    time.Time // when the relay last did
 	told     time.Time
-	drawn    int // characters of the line on the terminal
+	bar      *progress.Bar // nil: not on a terminal
 }
 
 // Pauses of a replay.
@@ -151,11 +152,16 @@ const (
 func (r *replaying) run(ctx context.Context) error {
 	fmt.Fprintf(r.Err, "run %s\n", r.Run)
 	r.moved, r.told = r.began, r.began
+	if terminal := progress.Open(r.Err); terminal != nil {
+		r.bar = terminal.Bar("replaying", int(r.total))
+	}
 	err := r.ask(ctx)
 	for err == nil && len(r.open) > 0 {
 		err = r.follow(ctx)
 	}
-	r.endLine()
+	if r.bar != nil {
+		r.bar.End()
+	}
 	if err != nil {
 		return r.interrupted(ctx, err)
 	}
@@ -223,13 +229,12 @@ func (r *replaying) follow(ctx context.Context) error {
 	}
 }
 
-// tell shows the progress: on a terminal in one line that is drawn again,
-// elsewhere in a line every few seconds.
+// tell shows the progress: on a terminal by a bar, elsewhere in a line every few
+// seconds.
 func (r *replaying) tell() {
-	if isTerminal(r.Err) {
-		line := r.line()
-		fmt.Fprintf(r.Err, "\r%-*s", r.drawn, line)
-		r.drawn = len(line)
+	if r.bar != nil {
+		r.bar.Set(int(r.published()))
+		r.bar.Note(r.waiting())
 		return
 	}
 	if time.Since(r.told) >= replayTell {
@@ -238,19 +243,10 @@ func (r *replaying) tell() {
 	}
 }
 
-func (r *replaying) endLine() {
-	if r.drawn > 0 {
-		fmt.Fprintln(r.Err)
-	}
-}
-
 // line says how far the replay is, how fast, and how long it will take; or what
 // it waits for.
 func (r *replaying) line() string {
-	done := r.done
-	if b := r.progress.Batch; b != nil && b.Run == r.Run && b.Done < b.Rows {
-		done += int64(b.Done)
-	}
+	done := r.published()
 	line := fmt.Sprintf("%s of %s", grouped(done), rows(r.total))
 	if why := r.waiting(); why != "" {
 		return line + "; " + why
@@ -263,6 +259,14 @@ func (r *replaying) line() string {
 		}
 	}
 	return line
+}
+
+// published is how many rows the relay is done with, as far as was seen.
+func (r *replaying) published() int64 {
+	if b := r.progress.Batch; b != nil && b.Run == r.Run && b.Done < b.Rows {
+		return r.done + int64(b.Done)
+	}
+	return r.done
 }
 
 // waiting says why the relay gets nowhere; empty: it does.

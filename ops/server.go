@@ -1,13 +1,15 @@
-// Package ops is what an operator sees of a running relay: metrics, health and
-// readiness.
+// Package ops is what an operator sees of a running relay: metrics, health, the
+// status page and the commands.
 package ops
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/pprof"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -16,15 +18,30 @@ import (
 	"outbox-relay/relay"
 )
 
-// Server serves /metrics, /healthz and /readyz.
+// Serving is what a Server shows, and to whom.
+type Serving struct {
+	Relay    *relay.Relay
+	Gatherer prometheus.Gatherer
+	Journal  *Journal // the last warnings
+	Log      *slog.Logger
+	Admin    Admin                  // asks Postgres for parked events, while somebody looks
+	Token    func() (string, error) // for what changes anything, asked at each use; nil: nothing can be changed
+	Debug    bool                   // profiles
+	Version  string
+	Stream   string
+}
+
+// Server serves the status page, /metrics, /healthz and /readyz.
 type Server struct {
-	relay    *relay.Relay
-	gatherer prometheus.Gatherer
+	Serving
+	started string // names this process, for a page that outlives it
+	history history
+	parked  parked
 }
 
 // NewServer returns a server for the relay; nothing runs before Run.
-func NewServer(r *relay.Relay, gatherer prometheus.Gatherer) *Server {
-	return &Server{relay: r, gatherer: gatherer}
+func NewServer(what Serving) *Server {
+	return &Server{Serving: what, started: time.Now().UTC().Format(time.RFC3339Nano), parked: parked{admin: what.Admin}}
 }
 
 // Run serves on the listener until ctx ends, and returns when all requests
@@ -44,6 +61,10 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 		defer cancel()
 		stopped <- server.Shutdown(closing)
 	})
+	keeping, end := context.WithCancel(ctx)
+	kept := make(chan struct{})
+	go func() { defer close(kept); s.history.keep(keeping, s.Relay) }()
+	defer func() { end(); <-kept }()
 	if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
 		stop()
 		return fmt.Errorf("serve on %s: %w", listener.Addr(), err)
@@ -53,33 +74,39 @@ func (s *Server) Run(ctx context.Context, listener net.Listener) error {
 
 func (s *Server) routes() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(s.gatherer, promhttp.HandlerOpts{}))
+	mux.Handle("GET /metrics", promhttp.HandlerFor(s.Gatherer, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", s.healthz)
 	mux.HandleFunc("GET /readyz", s.readyz)
-	return mux
-}
-
-// healthz says that the relay runs; waiting for a server is no illness, since
-// a restart would not mend it.
-func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
-	answer(w, s.relay.State() != relay.Halted, "ok")
-}
-
-// readyz says whether events flow, and otherwise names the state, or what is in
-// their way.
-func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
-	state, trouble := s.relay.State(), s.relay.Trouble()
-	text := string(state)
-	if trouble != "" {
-		text += ": " + trouble
+	mux.Handle("GET /", pageFiles())
+	mux.HandleFunc("GET /api/status", s.status)
+	mux.HandleFunc("GET /api/parked", s.listParked)
+	mux.HandleFunc("POST /api/retry", s.retry)
+	if s.Debug {
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
-	answer(w, state == relay.Streaming && trouble == "", text)
+	return guarded(mux)
 }
 
-func answer(w http.ResponseWriter, ok bool, text string) {
-	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	if !ok {
-		w.WriteHeader(http.StatusServiceUnavailable)
-	}
-	_, _ = fmt.Fprintln(w, text)
+// contentPolicy lets the page load its own files and ask its own server, and
+// nothing else; no text becomes code or markup.
+const contentPolicy = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; " +
+	"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+
+// guarded gives every answer the headers that keep a browser from doing more with
+// it than show it.
+func guarded(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		h := w.Header()
+		h.Set("Content-Security-Policy", contentPolicy)
+		h.Set("X-Content-Type-Options", "nosniff")
+		h.Set("X-Frame-Options", "DENY")
+		h.Set("Referrer-Policy", "no-referrer")
+		h.Set("Cross-Origin-Opener-Policy", "same-origin")
+		h.Set("Cross-Origin-Resource-Policy", "same-origin")
+		h.Set("Cache-Control", "no-store")
+		next.ServeHTTP(w, r)
+	})
 }

@@ -3,12 +3,15 @@ package ops_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
@@ -31,17 +34,24 @@ type served struct {
 	addr  string
 }
 
-func serve(t *testing.T, config relay.Config) *served {
+func serve(t *testing.T, config relay.Config, changes ...func(*ops.Serving)) *served {
 	t.Helper()
 	registry := prometheus.NewRegistry()
-	r := relay.New(config, slog.New(slog.DiscardHandler), relay.NewMetrics(registry))
+	journal := ops.NewJournal(slog.DiscardHandler)
+	log := slog.New(journal)
+	r := relay.New(config, log, relay.NewMetrics(registry))
+	serving := ops.Serving{Relay: r, Gatherer: registry, Journal: journal, Log: log, Version: "development", Stream: "EVENTS",
+		Admin: ops.Admin{Postgres: config.Postgres, Table: config.Table}}
+	for _, change := range changes {
+		change(&serving)
+	}
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- ops.NewServer(r, registry).Run(ctx, listener) }()
+	go func() { done <- ops.NewServer(serving).Run(ctx, listener) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -49,7 +59,89 @@ func serve(t *testing.T, config relay.Config) *served {
 		}
 		http.DefaultClient.CloseIdleConnections()
 	})
-	return &served{T: t, relay: r, addr: listener.Addr().String()}
+	return &served{T: t, relay: serving.Relay, addr: listener.Addr().String()}
+}
+
+// ends are where a relay under test reads and publishes.
+type ends struct {
+	postgres, nats string
+	slot           string
+	sql            *pgx.Conn
+}
+
+func newEnds(t *testing.T) *ends {
+	t.Helper()
+	e := &ends{postgres: testenv.Database(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
+	config, err := pgx.ParseConfig(e.postgres)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.slot = config.Database
+	err = migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if e.sql, err = pgx.ConnectConfig(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { e.sql.Close(context.Background()) })
+	return e
+}
+
+func (e *ends) config() relay.Config {
+	return relay.Config{
+		Postgres: func() (string, error) { return e.postgres, nil },
+		Table:    outbox.Table{Schema: "public", Name: "events", Publication: "outbox_relay", Slot: e.slot, Mode: outbox.Mark},
+		Grace:    time.Second,
+		Sink: func(system replication.System) sink.Config {
+			return sink.Config{Servers: []string{e.nats}, InboxPrefix: "_INBOX_outbox", MaxInflight: 1000, MaxBytes: 1 << 20,
+				Stream:  sink.StreamConfig{Name: "EVENTS", Create: true, Subjects: "events.*", Replicas: 1, SystemID: system.ID, Slot: e.slot},
+				Message: sink.MessageConfig{Subject: []sink.Token{{Literal: "events"}, {Column: "event_type"}}}}
+		},
+	}
+}
+
+// through leads the relay to Postgres by another address.
+func (e *ends) through(t *testing.T, addr string) {
+	t.Helper()
+	u, err := url.Parse(e.postgres)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Host = addr
+	e.postgres = u.String()
+}
+
+// exec runs SQL of the application.
+func (e *ends) exec(t *testing.T, sql string, args ...any) {
+	t.Helper()
+	if _, err := e.sql.Exec(t.Context(), sql, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// run runs the relay until the test ends, or stop is called.
+func (s *served) run() (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if err := s.relay.Run(ctx); err != nil {
+			s.Errorf("the relay ends by %v", err)
+		}
+	}()
+	stop = func() { cancel(); <-done }
+	s.Cleanup(stop)
+	return stop
+}
+
+// await waits until path answers so; text is a part of it.
+func (s *served) await(path string, status int, text string) {
+	s.Helper()
+	testenv.Eventually(s, fmt.Sprintf("%s to answer %d %q", path, status, text), func() bool {
+		got, body := s.get(path)
+		return got == status && strings.Contains(body, text)
+	})
 }
 
 func (s *served) get(path string) (status int, body string) {
@@ -107,7 +199,7 @@ func TestHealth(t *testing.T) {
 	if status, _ := s.get("/healthz"); status != http.StatusServiceUnavailable {
 		t.Errorf("healthz answers %d for a relay that halted", status)
 	}
-	s.require("/readyz", http.StatusServiceUnavailable, "halted")
+	s.require("/readyz", http.StatusServiceUnavailable, "halted: "+fault.Error())
 	s.requireState("halted")
 	if err := ops.Healthcheck(t.Context(), s.addr); err == nil || !strings.Contains(err.Error(), "not well") {
 		t.Errorf("health check: %v", err)
@@ -128,35 +220,12 @@ func TestHealth(t *testing.T) {
 // Ready means that events flow; the server outlives the relay, so that its end
 // can be seen.
 func TestReady(t *testing.T) {
-	url := testenv.Database(t, testenv.Postgres(t))
-	postgres, err := pgx.ParseConfig(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = migrations.Up(t.Context(), postgres, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	nats := testenv.NATS(t, testenv.NATSOptions{})
-	s := serve(t, relay.Config{
-		Postgres: func() (string, error) { return url, nil },
-		Table:    outbox.Table{Schema: "public", Name: "events", Publication: "outbox_relay", Slot: postgres.Database, Mode: outbox.Mark},
-		Sink: func(system replication.System) sink.Config {
-			return sink.Config{Servers: []string{nats.URL()}, InboxPrefix: "_INBOX_outbox", MaxInflight: 10, MaxBytes: 1 << 20,
-				Stream:  sink.StreamConfig{Name: "EVENTS", Create: true, Subjects: "events.*", Replicas: 1, SystemID: system.ID, Slot: postgres.Database},
-				Message: sink.MessageConfig{Subject: []sink.Token{{Literal: "events"}, {Column: "event_type"}}}}
-		},
-	})
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- s.relay.Run(ctx) }()
-	testenv.Eventually(t, "the relay to be ready", func() bool { status, _ := s.get("/readyz"); return status == http.StatusOK })
-	s.require("/readyz", http.StatusOK, "streaming")
+	s := serve(t, newEnds(t).config())
+	stop := s.run()
+	s.await("/readyz", http.StatusOK, "streaming")
+	s.require("/healthz", http.StatusOK, "ok")
 	s.requireState("streaming")
-	cancel()
-	if err := <-done; err != nil {
-		t.Errorf("the relay ends by %v", err)
-	}
+	stop()
 	if status, text := s.get("/readyz"); status != http.StatusServiceUnavailable {
 		t.Errorf("readyz answers %d %q for a relay that has stopped", status, text)
 	}

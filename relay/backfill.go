@@ -3,16 +3,16 @@ package relay
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
 )
 
-const (
-	backfillBatch = 8192 // rows announced at a time
-	progressEvery = 5 * time.Second
-)
+const backfillBatch = 8192 // rows announced at a time
 
 // turn does, once, what comes before the first event that is not in the stream
 // yet: the rest of a batch, and the backfill.
@@ -48,6 +48,7 @@ func (p *pipeline) backfill() error {
 		return err
 	}
 	progress := newProgress(p.session, total)
+	defer progress.task.end()
 	for {
 		list, err := p.backlog.Next(p.ctx, backfillBatch)
 		if err != nil {
@@ -109,36 +110,32 @@ func (p *pipeline) backfillRows(list []*outbox.Row) error {
 
 // progress tells how a backfill gets on.
 type progress struct {
-	*session
-	total, done int
-	began, told time.Time
+	*task
+	log  *slog.Logger
+	left prometheus.Gauge
 }
 
 func newProgress(s *session, total int) *progress {
-	now := time.Now()
+	m := s.relay.metrics
+	m.backlog.Set(float64(total))
+	m.backlogLeft.Set(float64(total))
 	if total > 0 {
 		s.log.Info("publishing the rows that do not come out of the slot", "rows", total)
 	}
-	s.relay.metrics.backlog.Set(float64(total))
-	s.relay.metrics.backlogLeft.Set(float64(total))
-	return &progress{session: s, total: total, began: now, told: now}
+	return &progress{task: s.begin("publishing the rows that do not come out of the slot", total), log: s.log, left: m.backlogLeft}
 }
 
 func (p *progress) add(rows int) {
-	p.done += rows
-	p.relay.metrics.backlogLeft.Set(float64(max(0, p.total-p.done)))
-	if time.Since(p.told) < progressEvery {
-		return
+	tell := p.set(p.done + rows)
+	p.left.Set(float64(max(0, p.total-p.done)))
+	if each, left := p.pace(); tell {
+		p.log.Info("publishing the rows that do not come out of the slot", "done", p.done, "rows", p.total, "rows_per_second", each, "left", left)
 	}
-	p.told = time.Now()
-	rate := float64(p.done) / time.Since(p.began).Seconds()
-	left := time.Duration(float64(max(0, p.total-p.done)) / rate * float64(time.Second))
-	p.log.Info("publishing the rows that do not come out of the slot", "done", p.done, "rows", p.total,
-		"rows_per_second", int(rate), "left", left.Round(time.Second))
 }
 
 func (p *progress) end() {
-	p.relay.metrics.backlogLeft.Set(0)
+	p.task.end()
+	p.left.Set(0)
 	if p.done > 0 {
 		p.log.Info("published the rows that do not come out of the slot", "rows", p.done, "duration", time.Since(p.began).Round(time.Millisecond))
 	}

@@ -56,7 +56,6 @@ func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, fr
 	}
 	p.chain = s.relay.client.Load().NewChain(sink.Origin{Stream: s.stream, Message: s.message, Foreign: from.checkpoint.Foreign, Heritage: from.heritage}, p)
 	recorder.inflight = p.chain.InFlight
-	s.relay.chain.Store(p.chain)
 	return p
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -48,6 +49,11 @@ type recorder struct {
 
 	inflight func() (events, bytes int) // of the chain
 
+	walEnd atomic.Uint64 // at the last look
+	rounds atomic.Uint64 // how often Postgres has answered
+	unseen atomic.Bool   // barred, for the watch
+	awaits atomic.Bool   // somebody waits for a transaction to be visible
+
 	urgent   chan struct{}
 	requests chan request
 }
@@ -84,7 +90,7 @@ func (r *recorder) run(ctx context.Context) error {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case req := <-r.requests:
-			req.done <- req.do(ctx)
+			r.serve(ctx, req)
 			continue
 		case <-r.urgent:
 		case <-r.tracker.Ready():
@@ -115,13 +121,20 @@ func (r *recorder) rest(ctx context.Context, full bool) error {
 	case <-r.urgent:
 		r.hurry()
 	case req := <-r.requests:
-		req.done <- req.do(ctx)
+		r.serve(ctx, req)
 	case <-timer.C:
 		if r.mayConfirm() || r.barred {
 			r.hurry()
 		}
 	}
 	return nil
+}
+
+// serve does what was asked for.
+func (r *recorder) serve(ctx context.Context, req request) {
+	err := req.do(ctx)
+	r.rounds.Add(1)
+	req.done <- err
 }
 
 // hurry asks for a round at once. Safe for concurrent use.
@@ -148,8 +161,13 @@ func (r *recorder) do(ctx context.Context, f func(context.Context) error) error 
 	}
 }
 
+// waits reports whether events wait for a transaction that is committed and
+// can't be seen yet. Safe for concurrent use.
+func (r *recorder) waits() bool { return r.unseen.Load() || r.awaits.Load() }
+
 // visible runs f once the rows of that transaction can be seen.
 func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Context) error) error {
+	defer r.awaits.Store(false)
 	for {
 		seen := false
 		err := r.do(ctx, func(ctx context.Context) error {
@@ -162,6 +180,7 @@ func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Conte
 		if err != nil || seen {
 			return err
 		}
+		r.awaits.Store(true)
 		if err := pause(ctx, 10*time.Millisecond); err != nil {
 			return err
 		}
@@ -172,6 +191,7 @@ func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Conte
 // a Postgres that refuses writes for a while holds back only the LSN.
 func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 	full, err = r.round(ctx)
+	r.rounds.Add(1)
 	switch {
 	case err == nil:
 		r.relay.refused.Store(false)
@@ -198,6 +218,7 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	r.walEnd.Store(uint64(state.WALEnd))
 	if state.Publication != r.want {
 		accepted, err := r.accepted(ctx, state)
 		if err != nil {
@@ -226,6 +247,7 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 		}
 	}
 	r.barred = len(batch.Items) == 0 && r.tracker.Settled()
+	r.unseen.Store(r.barred)
 	r.observe()
 	r.relay.vitals.clock.note(time.Now(), state.WALEnd)
 	if err := r.relay.vitals.look(ctx, r.table, r.sql, r.tracker.Safe); err != nil {

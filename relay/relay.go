@@ -4,6 +4,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -28,7 +29,9 @@ type Config struct {
 	Grace        time.Duration // for the last events when the relay is stopped
 	Backfill     bool          // publish the rows that were pending before the slot
 	Housekeeping Housekeeping
-	Tracer       Tracer // nil: none
+	Tracer       Tracer                           // nil: none
+	Bar          func(what string, total int) Bar // where somebody sits at a terminal; nil: the log tells
+	StallAfter   time.Duration                    // without a move, for no known reason, before Relay.Stalled says so; 0: a minute
 }
 
 // unrecordedBound is how many events may be stored and not recorded. It bounds
@@ -56,14 +59,18 @@ type Relay struct {
 	state      atomic.Value                // State
 	streamed   bool                        // a session has streamed: what is wrong now was right before
 	client     atomic.Pointer[sink.Client] // nil: not connected to NATS yet
-	chain      atomic.Pointer[sink.Chain]  // the last one
+	pipeline   atomic.Pointer[pipeline]    // the last one
+	waiting    atomic.Pointer[string]      // why a session ended and another is to begin; nil: one runs
 	refused    atomic.Bool                 // Postgres refuses to record outcomes
+	invisible  atomic.Bool                 // for long now, events wait for their transaction to be visible
+	stalled    atomic.Pointer[string]      // why the pipeline is; nil: it is not
 	unreadable atomic.Pointer[unreadable]  // a slot from which nothing more can be read
 	vitals     vitals                      // of the slot
 }
 
 // New returns a relay; nothing runs before Run.
 func New(config Config, log *slog.Logger, metrics *Metrics) *Relay {
+	config.StallAfter = cmp.Or(config.StallAfter, time.Minute)
 	r := &Relay{config: config, log: log, metrics: metrics}
 	r.state.Store(Starting)
 	metrics.observe(r)
@@ -81,17 +88,23 @@ func (r *Relay) reconnects() float64 {
 	return 0
 }
 
-// Trouble says why a relay that streams gets nowhere at present; empty: it does,
-// or does not stream. Safe for concurrent use.
+// Trouble says why the relay gets nowhere at present, as far as is known: what
+// it waits for, or why it has halted. Empty: it gets on, or there is nothing to
+// get on with. Safe for concurrent use.
 func (r *Relay) Trouble() string {
-	chain := r.chain.Load()
-	switch {
-	case r.State() != Streaming && r.State() != Backfilling || chain == nil:
-		return ""
-	case chain.Interrupted():
+	p := r.pipeline.Load()
+	switch state := r.State(); {
+	case state == Starting || state == Halted:
+		if why := r.waiting.Load(); why != nil {
+			return *why
+		}
+	case state != Streaming && state != Backfilling || p == nil:
+	case p.chain.Interrupted():
 		return "publishing to the stream is interrupted"
 	case r.refused.Load():
 		return "Postgres refuses to record outcomes"
+	case r.invisible.Load():
+		return "a transaction with events is committed and can't be seen yet: is a synchronous standby missing?"
 	}
 	return ""
 }
@@ -115,8 +128,10 @@ func (r *Relay) Run(ctx context.Context) error {
 		case err == nil:
 			return nil
 		case r.fatal(err):
+			err = withGrants(err)
+			r.because(err)
 			r.state.Store(Halted)
-			return withGrants(err)
+			return err
 		}
 		r.metrics.sessions.Inc()
 		if time.Since(began) > time.Minute || errors.Is(err, sink.ErrStrangers) {
@@ -138,10 +153,17 @@ func (r *Relay) enter(err error, calm *calmer) {
 		r.standBy()
 		return
 	}
+	r.because(err)
 	r.state.Store(Starting)
 	if calm.news(err) {
 		r.log.Warn("waiting to start again", "error", err)
 	}
+}
+
+// because keeps why no session runs.
+func (r *Relay) because(err error) {
+	why := err.Error()
+	r.waiting.Store(&why)
 }
 
 // standBy says, once, that another relay has the slot.

@@ -327,6 +327,8 @@ func (s *session) run(ctx context.Context, from origin) error {
 	tracker := checkpoint.NewTracker(unrecordedBound, cp.Sequence, from.reader.Confirmed())
 	recorder := newRecorder(s, tracker, from)
 	p := newPipeline(s, tracker, recorder, from)
+	s.relay.pipeline.Store(p)
+	defer s.relay.pipeline.Store(nil)
 
 	work, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -334,6 +336,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	group.Go(func() error { return p.chain.Run(work) })
 	group.Go(func() error { return recorder.run(work) })
 	group.Go(func() error { return newHousekeeper(s, p.chain).run(work) })
+	group.Go(func() error { return p.watch(work) })
 
 	reading, stop := context.WithCancel(ctx)
 	defer stop()
@@ -341,6 +344,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	p.ctx = reading
 
 	s.relay.streamed = true
+	s.relay.waiting.Store(nil)
 	if p.due {
 		s.relay.state.Store(Backfilling)
 		from.reader.Ask() // so that there is something to take at once
@@ -370,6 +374,7 @@ func (s *session) drain(work context.Context, p *pipeline, recorder *recorder, r
 	defer cancel()
 	events, _ := p.chain.InFlight()
 	s.log.Info("stopping", "events", events)
+	defer s.showDraining(ctx, p)()
 	clean := p.chain.Drain(ctx)
 	if err := recorder.flush(ctx, clean == nil); err != nil {
 		return err

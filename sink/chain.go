@@ -258,6 +258,24 @@ func (ch *Chain) InFlight() (events, bytes int) {
 	return int(ch.tail - ch.head), ch.bytes
 }
 
+// Settled counts the events of the chain that have their outcome.
+func (ch *Chain) Settled() uint64 {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	return ch.head
+}
+
+// Oldest returns when the first event that has no outcome was committed; zero:
+// there is none, or it did not come out of the slot.
+func (ch *Chain) Oldest() time.Time {
+	ch.mu.Lock()
+	defer ch.mu.Unlock()
+	if ch.head == ch.tail {
+		return time.Time{}
+	}
+	return ch.at(ch.head).event.Commit
+}
+
 // Broken returns why nothing is sent at present, or nil.
 func (ch *Chain) Broken() error {
 	ch.mu.Lock()

@@ -38,7 +38,7 @@ type Config struct {
 	MaxInflight      int   // messages sent and unacknowledged
 	MaxInflightBytes int64 // the same in bytes
 	ConfirmDelay     time.Duration
-	HTTPAddr         string // host:port; empty: off
+	HTTP             HTTP
 	Log              Log
 	ShutdownGrace    time.Duration
 }
@@ -78,6 +78,13 @@ type Stream struct {
 type Retry struct {
 	Attempts int           // 0: never
 	Backoff  time.Duration // from a failure to its first retry, doubled by each
+}
+
+// HTTP says what is served, and where.
+type HTTP struct {
+	Addr  string // host:port; empty: off
+	Token Secret // for what changes anything; not set: nothing can
+	Debug bool   // profiles
 }
 
 // Log says how much is logged, and how.
@@ -188,7 +195,11 @@ func (e *environment) config(f *faults) Config {
 		MaxInflight:      read(f, e.MaxInflight, between(1, 65536)),
 		MaxInflightBytes: read(f, e.MaxInflightBytes, parseInflightBytes),
 		ConfirmDelay:     read(f, e.ConfirmDelay, parseDuration),
-		HTTPAddr:         read(f, e.HTTPAddr, parseHTTPAddr),
+		HTTP: HTTP{
+			Addr:  read(f, e.HTTPAddr, parseHTTPAddr),
+			Token: readSecret(f, e.HTTPToken, e.HTTPTokenFile, checkHTTPToken),
+			Debug: read(f, e.HTTPDebug, parseBool),
+		},
 		Log: Log{
 			Level:  read(f, e.LogLevel, parseLevel),
 			Format: read(f, e.LogFormat, oneOf(LogText, LogJSON)),

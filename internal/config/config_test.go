@@ -142,7 +142,7 @@ func TestDefaults(t *testing.T) {
 		Backfill:         true,
 		MaxInflight:      8192,
 		MaxInflightBytes: 64 << 20,
-		HTTPAddr:         "127.0.0.1:8080",
+		HTTP:             HTTP{Addr: "127.0.0.1:8080"},
 		Log:              Log{slog.LevelInfo, LogText},
 		ShutdownGrace:    10 * time.Second,
 	})
@@ -258,8 +258,6 @@ func TestFaults(t *testing.T) {
 		{"level", vars{"LOG_LEVEL": "trace"}, []string{`OUTBOX_LOG_LEVEL is "trace": it can be debug, info, warn or error`}},
 		{"format", vars{"LOG_FORMAT": "xml"}, []string{"OUTBOX_LOG_FORMAT"}},
 		{"typing error", vars{"STREM": canary}, []string{"OUTBOX_STREM is not known: a typing error? did you mean OUTBOX_STREAM"}},
-		{"later", vars{"HTTP_TOKEN": canary}, []string{
-			"OUTBOX_HTTP_TOKEN is not in this release, a later one brings it: unset it"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			got := faultsOf(t, with(test.vars))

@@ -61,7 +61,10 @@ type environment struct {
 	MaxInflight           text `split_words:"true" default:"8192" desc:"messages sent and unacknowledged, 1 to 65536"`
 	MaxInflightBytes      text `split_words:"true" default:"64MiB" desc:"the same in bytes, at least 1MiB"`
 	ConfirmDelay          text `split_words:"true" default:"0" desc:"hold the slot back this long behind the checkpoint: longer than the broker's sync interval"`
-	HTTPAddr              text `split_words:"true" default:"127.0.0.1:8080" empty:"off" desc:"address of metrics and health; empty: off"`
+	HTTPAddr              text `split_words:"true" default:"127.0.0.1:8080" empty:"off" desc:"address of status page, metrics and health; empty: off"`
+	HTTPToken             text `split_words:"true" desc:"token that the status page asks for before it changes anything; unset: it changes nothing"`
+	HTTPTokenFile         text `split_words:"true" desc:"file that holds it instead, read again at each use"`
+	HTTPDebug             text `split_words:"true" default:"false" desc:"serve profiles under /debug/pprof/, too"`
 	LogLevel              text `split_words:"true" default:"info" desc:"debug, info, warn or error"`
 	LogFormat             text `split_words:"true" default:"text" desc:"text or json"`
 	ShutdownGrace         text `split_words:"true" default:"10s" desc:"time to drain"`

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
@@ -117,6 +118,17 @@ func parseHTTPAddr(s string) (string, error) {
 		return "", fmt.Errorf("is %q: write host:port such as 127.0.0.1:8080, or leave it empty for no HTTP", s)
 	}
 	return s, nil
+}
+
+// checkHTTPToken wants what nobody guesses and a header can carry.
+func checkHTTPToken(token string) error {
+	if len(token) < 16 {
+		return fmt.Errorf("has %d characters: it must have at least 16, such as from `openssl rand -hex 32`", len(token))
+	}
+	if !isURIText(token) {
+		return errors.New("has characters that a header can't carry: take letters and digits, such as from `openssl rand -hex 32`")
+	}
+	return nil
 }
 
 // Source is the CloudEvents source, with {database} and {slot} to be filled in.

@@ -107,6 +107,20 @@ func TestHTTPAddr(t *testing.T) {
 	}
 }
 
+func TestHTTPToken(t *testing.T) {
+	t.Parallel()
+	for _, in := range []string{"0123456789abcdef", "a.b-c_d~e+f/g=h1"} {
+		if err := checkHTTPToken(in); err != nil {
+			t.Errorf("%q: %v", in, err)
+		}
+	}
+	for _, in := range []string{"0123456789abcde", "0123456789 abcdef", "0123456789abcdé0", "0123456789abcdef\r\nX: y"} {
+		if err := checkHTTPToken(in); err == nil || strings.Contains(err.Error(), in) {
+			t.Errorf("%q: got %v, want a fault that does not show it", in, err)
+		}
+	}
+}
+
 func TestStreamName(t *testing.T) {
 	t.Parallel()
 	for _, in := range []string{"EVENTS", "a-b_c$", "Ünïcode"} {

@@ -33,9 +33,6 @@ func Usage() string {
 	return b.String()
 }
 
-// later matches the variables that later releases bring.
-var later = regexp.MustCompile(`^OUTBOX_HTTP_TOKEN(_FILE)?$`)
-
 // serviceLink matches what Kubernetes puts into each container's environment
 // for a Service named outbox or outbox-…, wanted or not.
 var serviceLink = regexp.MustCompile(`^OUTBOX_([A-Z0-9_]+_)?(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)$`)
@@ -49,8 +46,6 @@ func unknown(environ []string, known []Variable) faults {
 		switch {
 		case !strings.HasPrefix(name, prefix+"_"):
 		case slices.ContainsFunc(known, func(v Variable) bool { return v.Name == name }):
-		case later.MatchString(name):
-			found.add(name, "is not in this release, a later one brings it: unset it")
 		case isServiceLink(name, value):
 		default:
 			found.add(name, "is not known: %s", suggestion(name, known))
