@@ -38,6 +38,7 @@ func setupWatched(t *testing.T) *watched {
 	w := &watched{bundle: b, address: fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t)), seen: []string{"canary"}}
 	b.env["OUTBOX_NATS_PASSWORD"] = canary
 	b.env["OUTBOX_HTTP_ADDR"] = w.address
+	b.env["OUTBOX_HTTP_TOKEN"] = "canary-0123456789abcdef"
 	b.env["OUTBOX_POSTGRES_URL"] = testenv.AsRelay(b, b.url)
 	return w
 }
@@ -77,7 +78,7 @@ func (w *watched) file(text string) string {
 // requireServesNone looks at all that the relay serves, and at how it was called.
 func (w *watched) requireServesNone(r *testenv.Relay) {
 	w.Helper()
-	for _, path := range []string{"/", "/metrics", "/healthz", "/readyz", "/debug/pprof/cmdline", "/debug/vars"} {
+	for _, path := range []string{"/", "/api/status", "/api/parked", "/metrics", "/healthz", "/readyz", "/debug/pprof/cmdline", "/debug/vars"} {
 		response, err := http.Get("http://" + w.address + path)
 		w.must(err)
 		body, err := io.ReadAll(response.Body)
