@@ -29,6 +29,7 @@ config: {STREAM: ORDERS, MAX_INFLIGHT_BYTES: 134217728, STREAM_CREATE: false, CO
 secrets:
   NATS_CREDS: {secret: nats, key: relay.creds}
   NATS_CA: {secret: nats, key: ca.crt}
+  HTTP_TOKEN: {secret: outbox-relay, key: http-token}
 files: {postgres-ca.crt: {secret: db-ca, key: ca.crt}}
 migrate: {enabled: true}
 podAnnotations: {a: b}
