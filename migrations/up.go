@@ -92,8 +92,8 @@ func migrate(ctx context.Context, db *sql.DB, t Target, log *slog.Logger, step [
 func checkShape(ctx context.Context, db *sql.DB, t Target) error {
 	var missing, idType string
 	err := db.QueryRowContext(ctx, `
-		select coalesce((select string_agg(usual, ', ')
-		                 from unnest($2::text[]) as usual
+		select coalesce((select string_agg(usual, ', ' order by place)
+		                 from unnest($2::text[]) with ordinality as essential (usual, place)
 		                 where not exists (select from pg_attribute
 		                                   where attrelid = outbox and attname = usual and attnum > 0 and not attisdropped)), ''),
 		       coalesce((select format_type(atttypid, null) from pg_attribute where attrelid = outbox and attname = 'id'), '')
