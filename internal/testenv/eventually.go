@@ -6,10 +6,10 @@ import (
 )
 
 // patience is the limit of every wait: far more than a slow machine needs.
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // Eventually waits until cond holds, and fails the test, naming what, when that
-// takes more than a minute. cond runs in the caller's goroutine, every 10 ms at
+// takes more than three minutes. cond runs in the caller's goroutine, every 10 ms at
 // first, then more rarely.
 func Eventually(tb testing.TB, what string, cond func() bool) {
 	tb.Helper()
