@@ -250,9 +250,9 @@ func TestIDRenamedWhileRunning(t *testing.T) {
 	before := b.text(`select pg_current_wal_insert_lsn()::text`)
 	b.exec(`alter table events disable trigger on_events_create; alter table events rename column id to key`)
 	b.exec(`insert into events (key, aggregate_type, event_type, payload, status, created_at) values ('nameless', 'order', 'created', '1', 'pending', now())`)
-	requireEnd(t, r, 1, `"public"."events"`, "column id")
+	requireEnd(t, r, 1, `"public"."events"`, "the column of the id")
 	b.exec(`alter table events rename column key to id; alter table events enable trigger on_events_create`)
-	requireEnd(t, b.start(), 1, "column id", "status 'pending'", "pg_drop_replication_slot")
+	requireEnd(t, b.start(), 1, "the column of the id", "status 'pending'", "pg_drop_replication_slot")
 	if b.confirmedPast(before) {
 		t.Fatal("the slot has moved past the event")
 	}
