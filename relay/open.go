@@ -125,16 +125,16 @@ func (s *session) openBacklog(ctx context.Context) error {
 func (s *session) tellWaiting(ctx context.Context) {
 	for pause(ctx, 5*time.Second) == nil {
 		var pid int
-		var since time.Time
-		// pg_locks shows to everybody who has a transaction id; since when, not.
-		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, coalesce(a.xact_start, pg_catalog.now())
+		var since string
+		// pg_locks shows to everybody who has a transaction id; since when, only to some.
+		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, coalesce(a.xact_start::text, 'not shown to this role')
 			from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
 			where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> pg_catalog.pg_backend_pid()
 			order by l.transactionid::text::bigint limit 1`).Scan(&pid, &since)
 		if err != nil {
 			continue // none, or the connection is broken, which its next user finds
 		}
-		s.log.Warn("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since.UTC(),
+		s.log.Warn("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since,
 			"remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid))
 	}
 }
