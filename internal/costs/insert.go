@@ -87,15 +87,11 @@ func insert(ctx context.Context, args []string, out io.Writer) error {
 	rows := flags.Int("rows", 30_000, "rows inserted a variant and round, 1000 a statement")
 	singles := flags.Int("singles", 3000, "rows inserted a variant and round, one a transaction")
 	rounds := flags.Int("rounds", 5, "how often each variant is measured")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	s, err := start(ctx, map[string]string{"autovacuum": "off"})
+	s, err := begin(ctx, flags, args, map[string]string{"autovacuum": "off"}, out)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	s.describe(out)
 	all := make([]insertCosts, len(insertions))
 	for round := range *rounds {
 		if err := s.insertRound(ctx, round, *rows, *singles, all); err != nil {

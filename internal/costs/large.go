@@ -19,15 +19,11 @@ func large(ctx context.Context, args []string, out io.Writer) error {
 	flags := flags("large")
 	events := flags.Int("events", 1_000_000, "events of the transaction")
 	rounds := flags.Int("rounds", 3, "how often each is measured")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	s, err := start(ctx, map[string]string{"autovacuum": "off"})
+	s, err := begin(ctx, flags, args, map[string]string{"autovacuum": "off"}, out)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	s.describe(out)
 	all := make([]largeCosts, len(memories))
 	for round := range *rounds {
 		if err := s.readLarge(ctx, round, *events, all); err != nil {

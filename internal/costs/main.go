@@ -65,6 +65,19 @@ type server struct {
 	databases int
 }
 
+// begin takes the arguments, and starts the server that a measurement needs, which
+// it describes.
+func begin(ctx context.Context, flags *flag.FlagSet, args []string, settings map[string]string, out io.Writer) (*server, error) {
+	if err := flags.Parse(args); err != nil {
+		return nil, err
+	}
+	s, err := start(ctx, settings)
+	if err == nil {
+		s.describe(out)
+	}
+	return s, err
+}
+
 func start(ctx context.Context, settings map[string]string) (*server, error) {
 	all := map[string]string{"shared_buffers": "512MB", "max_wal_size": "8GB", "checkpoint_timeout": "1h"}
 	for name, value := range settings {

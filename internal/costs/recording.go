@@ -43,15 +43,11 @@ func recording(ctx context.Context, args []string, out io.Writer) error {
 	rows := flags.Int("rows", 50_000, "rows a variant and round")
 	batch := flags.Int("batch", 1000, "rows inserted, then recorded, in one statement")
 	rounds := flags.Int("rounds", 5, "how often each variant is measured")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	s, err := start(ctx, map[string]string{"autovacuum": "off"})
+	s, err := begin(ctx, flags, args, map[string]string{"autovacuum": "off"}, out)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	s.describe(out)
 	all := make([]costs, len(variants))
 	for range *rounds {
 		for i, v := range variants {

@@ -51,15 +51,11 @@ func retention(ctx context.Context, args []string, out io.Writer) error {
 	flags.IntVar(&l.old, "old", 400_000, "rows that can be removed while retention is at work")
 	flags.DurationVar(&l.length, "for", 5*time.Second, "how long each measurement takes")
 	rounds := flags.Int("rounds", 7, "how often each is measured")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	s, err := start(ctx, map[string]string{"fsync": "on", "full_page_writes": "on"})
+	s, err := begin(ctx, flags, args, map[string]string{"fsync": "on", "full_page_writes": "on"}, out)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	s.describe(out)
 	d, err := s.migrated(ctx, ``)
 	if err != nil {
 		return err

@@ -43,15 +43,11 @@ func slots(ctx context.Context, args []string, out io.Writer) error {
 	flags := flags("slots")
 	events := flags.Int("events", 100_000, "events of a backlog, 100 a transaction")
 	rounds := flags.Int("rounds", 5, "how often each is measured")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	s, err := start(ctx, map[string]string{"autovacuum": "off", "max_replication_slots": "50", "max_wal_senders": "20"})
+	s, err := begin(ctx, flags, args, map[string]string{"autovacuum": "off", "max_replication_slots": "50", "max_wal_senders": "20"}, out)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	s.describe(out)
 	all := make([]slotCosts, len(slotCases))
 	for round := range *rounds {
 		if err := s.readSlots(ctx, round, *events, all); err != nil {

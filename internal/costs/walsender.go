@@ -57,15 +57,11 @@ func walsender(ctx context.Context, args []string, out io.Writer) error {
 	flags := flags("walsender")
 	events := flags.Int("events", 100_000, "events of a backlog, 100 a transaction")
 	rounds := flags.Int("rounds", 5, "how often each is measured")
-	if err := flags.Parse(args); err != nil {
-		return err
-	}
-	s, err := start(ctx, map[string]string{"autovacuum": "off", "max_replication_slots": "50"})
+	s, err := begin(ctx, flags, args, map[string]string{"autovacuum": "off", "max_replication_slots": "50"}, out)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	s.describe(out)
 	all := make([]map[string]*sendings, len(backlogs))
 	for i := range all {
 		all[i] = map[string]*sendings{}
