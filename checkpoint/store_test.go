@@ -390,24 +390,50 @@ func TestCommitThatIsOnlyLocal(t *testing.T) {
 	b.must(writes["claim"]())
 	b.exec(`alter system set synchronous_standby_names = 'nobody'`)
 	b.exec(`select pg_reload_conf()`)
-	testenv.Eventually(t, "the standby to be waited for", func() bool {
-		return b.text(`show synchronous_standby_names`) == "nobody"
+	probe := b.connect("probe")
+	testenv.Eventually(t, "commits to wait for the standby", func() bool {
+		waited, err := b.giveUpStandby(probe, func() error {
+			_, err := probe.Exec(t.Context(), `select pg_logical_emit_message(true, 'probe', '')`)
+			return err
+		})
+		b.must(err)
+		return waited
 	})
 	for name, write := range writes {
-		done := make(chan error, 1)
-		go func() { done <- write() }()
-		testenv.Eventually(t, "the commit to wait for the standby", func() bool {
-			return b.text(`select count(*)::text from pg_stat_activity where pid = $1 and wait_event = 'SyncRep'`, conn.PgConn().PID()) == "1"
-		})
-		b.exec(fmt.Sprintf(`select pg_cancel_backend(%d)`, conn.PgConn().PID()))
-		if err := <-done; !errors.Is(err, checkpoint.ErrNotReplicated) {
-			t.Errorf("%s: got %v, want ErrNotReplicated", name, err)
+		waited, err := b.giveUpStandby(conn, write)
+		if !waited || !errors.Is(err, checkpoint.ErrNotReplicated) {
+			t.Errorf("%s: waited %t, got %v, want ErrNotReplicated", name, waited, err)
 		}
 	}
 	b.exec(`alter system reset synchronous_standby_names`)
 	b.exec(`select pg_reload_conf()`)
 	testenv.Eventually(t, "no standby to be waited for", func() bool { return b.text(`show synchronous_standby_names`) == "" })
 	b.must(writes["advance"]()) // the warning was of the one before
+}
+
+// giveUpStandby has conn write and cancels the commit's wait for its standby, and
+// says whether there was one. None waits before the checkpointer has read the setting,
+// whatever SHOW says elsewhere.
+// Source: SyncRepWaitForLSN and SyncRepUpdateSyncStandbysDefined in
+// src/backend/replication/syncrep.c.
+func (b *bundle) giveUpStandby(conn *pgx.Conn, write func() error) (waited bool, err error) {
+	done := make(chan error, 1)
+	go func() { done <- write() }()
+	pid := conn.PgConn().PID()
+	testenv.Eventually(b.T, "the commit to end, or to wait for the standby", func() bool {
+		select {
+		case err = <-done:
+			return true
+		default:
+		}
+		waited = b.text(`select count(*)::text from pg_stat_activity where pid = $1 and wait_event = 'SyncRep'`, pid) == "1"
+		return waited
+	})
+	if waited {
+		b.exec(fmt.Sprintf(`select pg_cancel_backend(%d)`, pid))
+		err = <-done
+	}
+	return waited, err
 }
 
 // A batch is announced under the epoch alone, also where that goes while the
