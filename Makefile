@@ -15,26 +15,34 @@ INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication .
 # Tests of these that take long and whose outcome does not.
 SAME = ^(TestPage|TestPageIsReadOnlyWithoutToken|TestOutagesAreNoStall|TestMigrateShowsProgress|TestRunShowsBackfillAndDraining|TestReplayShowsProgress|TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
 
-.PHONY: test test-deploy test-versions chaos lint bench bench-quick build release release-check demo pictures
+.PHONY: test test-plain test-race test-deploy test-versions chaos lint bench bench-quick build release release-check demo pictures
 
-## test: all tests with the race detector, in a few minutes. The programs that they
-## start are compiled before, not by several tests at once; ./relay takes longest
-## and begins; ./decoder has no goroutines
+## test: all tests. The programs that they start are compiled before, not by several
+## tests at once
 test: test-deploy
 	$(GO) build ./...
-	$(GO) test ./decoder
-	CGO_ENABLED=1 $(GO) test -race -timeout 30m ./relay $(shell $(GO) list ./... | grep -v /decoder$$)
+	$(MAKE) -j 2 --output-sync test-plain test-race
+
+# Most tests of ./relay start the relay, as its users have it, and wait for it. The
+# race detector would only watch the embedded NATS server, and take half the CPU.
+# ./decoder has no goroutines.
+test-plain:
+	$(GO) test -timeout 30m ./relay ./decoder
+
+test-race:
+	CGO_ENABLED=1 $(GO) test -race -timeout 30m $(shell $(GO) list ./... | grep -v -E '/(decoder|relay)$$')
 
 ## test-deploy: the Kubernetes manifests and the Helm chart; a module of its own, and
 ## without vet, which would look at all of Kubernetes
 test-deploy:
 	cd internal/deploytest && $(GO) test -vet=off ./...
 
-## test-versions: the integration tests on each supported version of Postgres
+## test-versions: the integration tests on each supported version of Postgres, with
+## the race detector in the relays that they start
 test-versions: $(addprefix test-version-,$(VERSIONS))
 
 test-version-%:
-	POSTGRES_VERSION=$* $(GO) test -count=1 -timeout 30m -skip '$(SAME)' $(INTEGRATION)
+	POSTGRES_VERSION=$* RELAY_RACE=1 $(GO) test -count=1 -timeout 30m -skip '$(SAME)' $(INTEGRATION)
 
 ## chaos: the promise under faults. CHAOS_SEED repeats a run, CHAOS_RATE sets rows
 ## a second, CHAOS_NATS_VERSION (v2.12.0) another nats-server, POSTGRES_VERSION

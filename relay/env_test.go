@@ -54,6 +54,7 @@ func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOption
 // setupEmpty does not migrate.
 func setupEmpty(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
 	t.Helper()
+	testenv.RelayBinary(t) // compiled before there is any load
 	b := &bundle{TB: t, cluster: cluster, url: testenv.Database(t, cluster), nats: testenv.NATS(t, options), granted: map[string]bool{}}
 	b.sql = b.connect()
 	b.env = map[string]string{

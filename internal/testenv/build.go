@@ -22,11 +22,16 @@ type builds struct {
 }
 
 // RelayBinary builds the relay, once per test binary, and returns its path. It
-// is there until Main ends.
+// is there until Main ends. With RELAY_RACE=1 in the environment it has the race
+// detector, and ends with code 66 on the first race.
 func RelayBinary(tb testing.TB) string {
 	tb.Helper()
-	return binary(tb, ".")
+	return binary(tb, relay)
 }
+
+const relay = "." // the relay's package
+
+func raceDetector() bool { return os.Getenv("RELAY_RACE") == "1" }
 
 // binary is the path of package pkg's program; pkg is an import path, or relative
 // to the module's root.
@@ -71,9 +76,14 @@ func build(pkg, output string) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command("go", "build", "-o", output, pkg)
+	cmd := exec.Command("go", "build", "-o", output)
 	cmd.Dir = root
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if pkg == relay && raceDetector() {
+		cmd.Args = append(cmd.Args, "-race")
+		cmd.Env = append(cmd.Env, "CGO_ENABLED=1")
+	}
+	cmd.Args = append(cmd.Args, pkg)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build: %w\n%s", err, bytes.TrimSpace(out))
 	}

@@ -68,6 +68,9 @@ func relayEnv(env map[string]string) []string {
 			list = append(list, name+"="+value)
 		}
 	}
+	if raceDetector() {
+		list = append(list, "GORACE=halt_on_error=1")
+	}
 	for name, value := range env {
 		list = append(list, name+"="+value)
 	}
