@@ -12,8 +12,9 @@ VERSIONS ?= 15 16 17 18
 
 # The packages whose tests depend on the version of Postgres.
 INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication ./relay
-# Tests of these that take long and whose outcome does not.
-SAME = ^(TestPage|TestPageIsReadOnlyWithoutToken|TestOutagesAreNoStall|TestMigrateShowsProgress|TestRunShowsBackfillAndDraining|TestReplayShowsProgress|TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
+# Tests of these that take long, or have no relay with the race detector (it is no
+# static binary), and whose outcome does not.
+SAME = ^(TestRunsInAContainer|TestPage|TestPageIsReadOnlyWithoutToken|TestOutagesAreNoStall|TestMigrateShowsProgress|TestRunShowsBackfillAndDraining|TestReplayShowsProgress|TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
 
 .PHONY: test test-plain test-race test-deploy test-versions chaos lint bench bench-quick build release release-check demo pictures
 
@@ -38,11 +39,11 @@ test-deploy:
 	cd internal/deploytest && $(GO) test -vet=off ./...
 
 ## test-versions: the integration tests on each supported version of Postgres, with
-## the race detector in the relays that they start
+## the race detector in the relays that they start. They wait more than they work
 test-versions: $(addprefix test-version-,$(VERSIONS))
 
 test-version-%:
-	POSTGRES_VERSION=$* RELAY_RACE=1 $(GO) test -count=1 -timeout 30m -skip '$(SAME)' $(INTEGRATION)
+	POSTGRES_VERSION=$* RELAY_RACE=1 $(GO) test -count=1 -timeout 30m -parallel 4 -skip '$(SAME)' $(INTEGRATION)
 
 ## chaos: the promise under faults. CHAOS_SEED repeats a run, CHAOS_RATE sets rows
 ## a second, CHAOS_NATS_VERSION (v2.12.0) another nats-server, POSTGRES_VERSION

@@ -69,7 +69,7 @@ func relayEnv(env map[string]string) []string {
 		}
 	}
 	if raceDetector() {
-		list = append(list, "GORACE=halt_on_error=1")
+		list = append(list, "GORACE=halt_on_error=1 atexit_sleep_ms=0")
 	}
 	for name, value := range env {
 		list = append(list, name+"="+value)
