@@ -64,7 +64,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	} {
 		config.RuntimeParams[name] = value
 	}
-	config.DialFunc, config.ConnectTimeout = Dial, cmp.Or(config.ConnectTimeout, ConnectTimeout)
+	config.DialFunc, config.ConnectTimeout = dialWalsender, cmp.Or(config.ConnectTimeout, ConnectTimeout)
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
 		c.r = newPacedReader(r)
 		return pgproto3.NewFrontend(c.r, w)
@@ -91,6 +91,24 @@ func Dial(ctx context.Context, network, address string) (net.Conn, error) {
 		KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3},
 	}
 	return dialer.DialContext(ctx, network, address)
+}
+
+// dialWalsender dials, and fixes the receive buffer of a connection within this
+// machine: by itself it grows, and is never full then. Over a network the buffer has
+// to hold what is under way, and stays as it is.
+func dialWalsender(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := Dial(ctx, network, address)
+	if err != nil {
+		return nil, err
+	}
+	if peer, ok := conn.RemoteAddr().(*net.TCPAddr); ok && peer.IP.IsLoopback() {
+		err = conn.(*net.TCPConn).SetReadBuffer(receiveBuffer)
+	}
+	if err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("fix the receive buffer: %w", err)
+	}
+	return conn, nil
 }
 
 // System is what IDENTIFY_SYSTEM tells.

@@ -7,27 +7,44 @@ import (
 
 const (
 	readBuffer = 1 << 20
-	pileUp     = 400 * time.Microsecond // how long bytes may pile up under load
-	paceWindow = 2 * time.Millisecond   // over which the load is measured
-	busyRate   = 2 << 20                // bytes a second that count as load: about 4,000 small transactions
+	paceWindow = 2 * time.Millisecond // over which the load is measured
+	busyRate   = 2 << 20              // bytes a second that count as load: about 4,000 small transactions
+	deepRate   = 8 << 20              // bytes a second that count as a backlog
+
+	// How long bytes may pile up: the shorter pause under load, up to the longer one
+	// with a backlog, where nobody waits for one event.
+	shortPause = 400 * time.Microsecond
+	longPause  = 4 * time.Millisecond
+
+	// A read of fullRead bytes has found the receive buffer full, as long as that is
+	// receiveBuffer.
+	receiveBuffer = 128 << 10
+	fullRead      = 64 << 10
 )
 
 // pacedReader buffers reads and, under load only, waits a little before it
 // reads again. A reader that always waits on the socket makes the walsender
 // wake it for every message it sends, which halves the walsender.
+//
+// So does a reader whose receive buffer has room for every message: each goes through
+// TCP by itself. Where there is none it is only appended to what waits already. With a
+// backlog the pauses are therefore as long as it takes to fill the buffer.
+// docs/performance.md has the figures.
 type pacedReader struct {
 	r          io.Reader
 	buf        []byte
 	begin, end int
 	idle       func() // called before each read
 
-	busy   bool
-	since  time.Time // when the window began
-	gained int       // bytes read in it
+	busy   bool          // there is load
+	deep   bool          // there is a backlog
+	pause  time.Duration // before the next read, if busy
+	since  time.Time     // when the window began
+	gained int           // bytes read in it
 }
 
 func newPacedReader(r io.Reader) *pacedReader {
-	return &pacedReader{r: r, buf: make([]byte, readBuffer), idle: func() {}}
+	return &pacedReader{r: r, buf: make([]byte, readBuffer), idle: func() {}, pause: shortPause}
 }
 
 // Read returns what is buffered, else what one read brings.
@@ -45,18 +62,19 @@ func (p *pacedReader) Read(dst []byte) (int, error) {
 func (p *pacedReader) fill() error {
 	p.idle()
 	if p.busy {
-		nap(pileUp)
+		nap(p.pause)
 	}
 	n, err := p.r.Read(p.buf)
 	p.begin, p.end = 0, n
 	p.measure(n, time.Now())
+	p.adapt(n)
 	if n > 0 {
 		return nil
 	}
 	return err
 }
 
-// measure decides, once a window, whether there is load.
+// measure decides, once a window, whether there is load, and a backlog.
 func (p *pacedReader) measure(n int, now time.Time) {
 	p.gained += n
 	elapsed := now.Sub(p.since)
@@ -64,5 +82,16 @@ func (p *pacedReader) measure(n int, now time.Time) {
 		return
 	}
 	p.busy = float64(p.gained) > busyRate*elapsed.Seconds()
+	p.deep = float64(p.gained) > deepRate*elapsed.Seconds()
 	p.since, p.gained = now, 0
+}
+
+// adapt makes the next pause half as long again after a read of n bytes that did not
+// find the buffer full, and else a third shorter.
+func (p *pacedReader) adapt(n int) {
+	if p.deep && n < fullRead {
+		p.pause = min(p.pause*3/2, longPause)
+	} else {
+		p.pause = max(p.pause*2/3, shortPause)
+	}
 }

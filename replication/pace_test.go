@@ -38,6 +38,35 @@ func TestPaceFollowsTheLoad(t *testing.T) {
 	}
 }
 
+// A backlog is read when the buffer is full, a load after the shortest pause.
+func TestPauseFillsTheBufferOfABacklog(t *testing.T) {
+	p := newPacedReader(nil)
+	read := func(reads, bytes int) time.Duration {
+		for range reads {
+			p.adapt(bytes)
+		}
+		return p.pause
+	}
+	if got := read(20, 1000); got != shortPause {
+		t.Errorf("a pause of %v under load, want %v", got, shortPause)
+	}
+	p.deep = true
+	if got := read(1, fullRead-1); got <= shortPause {
+		t.Errorf("a pause of %v before the buffer is full", got)
+	}
+	if got := read(20, fullRead-1); got != longPause {
+		t.Errorf("a pause of %v with a buffer that never fills, want %v", got, longPause)
+	}
+	if got := read(20, fullRead); got != shortPause {
+		t.Errorf("a pause of %v with a full buffer, want %v", got, shortPause)
+	}
+	read(20, 1000)
+	p.deep = false
+	if got := read(20, 1000); got != shortPause {
+		t.Errorf("a pause of %v after the backlog, want %v", got, shortPause)
+	}
+}
+
 // Whatever the buffer, the pace and the size of the reads: the bytes come as
 // they were, then the error.
 func TestPacedReaderKeepsTheBytes(t *testing.T) {
