@@ -8,7 +8,7 @@ import (
 const (
 	readBuffer = 1 << 20
 	paceWindow = 2 * time.Millisecond // over which the load is measured
-	busyRate   = 2 << 20              // bytes a second that count as load: about 4,000 small transactions
+	busyRate   = 1 << 20              // bytes a second that count as load: about 2,000 small transactions
 	deepRate   = 8 << 20              // bytes a second that count as a backlog
 
 	// How long bytes may pile up: the shorter pause under load, up to the longer one
