@@ -11,9 +11,10 @@ const (
 	busyRate   = 1 << 20              // bytes a second that count as load: about 2,000 small transactions
 	deepRate   = 8 << 20              // bytes a second that count as a backlog
 
-	// How long bytes may pile up: the shorter pause under load, up to the longer one
-	// with a backlog, where nobody waits for one event.
+	// How long bytes may pile up: so long under load, and between these with a backlog,
+	// where nobody waits for one event.
 	shortPause = 400 * time.Microsecond
+	leastPause = 20 * time.Microsecond
 	longPause  = 4 * time.Millisecond
 
 	// A read of fullRead bytes has found the receive buffer full, as long as that is
@@ -86,12 +87,16 @@ func (p *pacedReader) measure(n int, now time.Time) {
 	p.since, p.gained = now, 0
 }
 
-// adapt makes the next pause half as long again after a read of n bytes that did not
-// find the buffer full, and else a third shorter.
+// adapt makes the next pause of a backlog half as long again after a read of n bytes
+// that did not find the buffer full, and else a third shorter: whoever has much to
+// read is not kept from it.
 func (p *pacedReader) adapt(n int) {
-	if p.deep && n < fullRead {
+	switch {
+	case !p.deep:
+		p.pause = shortPause
+	case n < fullRead:
 		p.pause = min(p.pause*3/2, longPause)
-	} else {
-		p.pause = max(p.pause*2/3, shortPause)
+	default:
+		p.pause = max(p.pause*2/3, leastPause)
 	}
 }
