@@ -22,7 +22,7 @@ SAME = ^(TestRunsInAContainer|TestPage|TestPageIsReadOnlyWithoutToken|TestOutage
 ## tests at once
 test: test-deploy
 	$(GO) build ./...
-	$(MAKE) -j 2 --output-sync test-plain test-race
+	$(MAKE) -j 2 --no-print-directory test-plain test-race
 
 # Most tests of ./relay start the relay, as its users have it, and wait for it. The
 # race detector would only watch the embedded NATS server, and take half the CPU.

@@ -1,21 +1,40 @@
 package replication
 
 import (
+	"errors"
 	"net"
 	"path/filepath"
 	"syscall"
 	"testing"
+
+	"github.com/jackc/pgx/v5/pgconn"
 )
 
 // A host that vanishes while something is under way is noticed by the kernel's
 // limit; to make one vanish takes a network of its own, so the option is read.
 func TestDialLimitsWhatIsUnacknowledged(t *testing.T) {
+	if got := dialedOption(t, Dial, syscall.IPPROTO_TCP, tcpUserTimeout); got != 10_000 {
+		t.Errorf("TCP_USER_TIMEOUT is %d", got)
+	}
+}
+
+// Within a machine the receive buffer does not grow. Linux doubles what is asked
+// for; see socket(7).
+func TestReceiveBufferIsFixed(t *testing.T) {
+	if got := dialedOption(t, dialWalsender, syscall.SOL_SOCKET, syscall.SO_RCVBUF); got != 2*receiveBuffer {
+		t.Errorf("SO_RCVBUF is %d, want %d", got, 2*receiveBuffer)
+	}
+}
+
+// dialedOption is an option of a connection that was dialed.
+func dialedOption(t *testing.T, dial pgconn.DialFunc, level, option int) int {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	conn, err := Dial(t.Context(), "tcp", listener.Addr().String())
+	conn, err := dial(t.Context(), "tcp", listener.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -24,15 +43,13 @@ func TestDialLimitsWhatIsUnacknowledged(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = raw.Control(func(fd uintptr) {
-		got, err := syscall.GetsockoptInt(int(fd), syscall.IPPROTO_TCP, tcpUserTimeout)
-		if err != nil || got != 10_000 {
-			t.Errorf("TCP_USER_TIMEOUT is %d, %v", got, err)
-		}
-	})
-	if err != nil {
+	var value int
+	var getErr error
+	err = raw.Control(func(fd uintptr) { value, getErr = syscall.GetsockoptInt(int(fd), level, option) })
+	if err := errors.Join(err, getErr); err != nil {
 		t.Fatal(err)
 	}
+	return value
 }
 
 // Postgres on a Unix socket can be dialed, too.
@@ -43,7 +60,7 @@ func TestDialUnixSocket(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer listener.Close()
-	conn, err := Dial(t.Context(), "unix", path)
+	conn, err := dialWalsender(t.Context(), "unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,9 +11,9 @@ const (
 	busyRate   = 1 << 20              // bytes a second that count as load: about 2,000 small transactions
 	deepRate   = 8 << 20              // bytes a second that count as a backlog
 
-	// How long bytes may pile up: so long under load, and between these with a backlog,
-	// where nobody waits for one event.
-	shortPause = 400 * time.Microsecond
+	// How long bytes may pile up: loadPause under load, and from leastPause to longPause
+	// with a backlog, where nobody waits for one event.
+	loadPause  = 400 * time.Microsecond
 	leastPause = 20 * time.Microsecond
 	longPause  = 4 * time.Millisecond
 
@@ -45,7 +45,7 @@ type pacedReader struct {
 }
 
 func newPacedReader(r io.Reader) *pacedReader {
-	return &pacedReader{r: r, buf: make([]byte, readBuffer), idle: func() {}, pause: shortPause}
+	return &pacedReader{r: r, buf: make([]byte, readBuffer), idle: func() {}, pause: loadPause}
 }
 
 // Read returns what is buffered, else what one read brings.
@@ -87,13 +87,13 @@ func (p *pacedReader) measure(n int, now time.Time) {
 	p.since, p.gained = now, 0
 }
 
-// adapt makes the next pause of a backlog half as long again after a read of n bytes
-// that did not find the buffer full, and else a third shorter: whoever has much to
-// read is not kept from it.
+// adapt sets the pause after a read of n bytes. That of a backlog becomes half as long
+// again where the buffer was not full, and else a third shorter: large events fill it
+// at once, and are not to wait.
 func (p *pacedReader) adapt(n int) {
 	switch {
 	case !p.deep:
-		p.pause = shortPause
+		p.pause = loadPause
 	case n < fullRead:
 		p.pause = min(p.pause*3/2, longPause)
 	default:

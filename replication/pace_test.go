@@ -38,7 +38,7 @@ func TestPaceFollowsTheLoad(t *testing.T) {
 	}
 }
 
-// A backlog is read when the buffer is full, a load after the shortest pause.
+// A backlog is read when the buffer is full, under load after loadPause.
 func TestPauseFillsTheBufferOfABacklog(t *testing.T) {
 	p := newPacedReader(nil)
 	read := func(reads, bytes int) time.Duration {
@@ -47,11 +47,11 @@ func TestPauseFillsTheBufferOfABacklog(t *testing.T) {
 		}
 		return p.pause
 	}
-	if got := read(20, 1000); got != shortPause {
-		t.Errorf("a pause of %v under load, want %v", got, shortPause)
+	if got := read(20, 1000); got != loadPause {
+		t.Errorf("a pause of %v under load, want %v", got, loadPause)
 	}
 	p.deep = true
-	if got := read(1, fullRead-1); got <= shortPause {
+	if got := read(1, fullRead-1); got <= loadPause {
 		t.Errorf("a pause of %v before the buffer is full", got)
 	}
 	if got := read(20, fullRead-1); got != longPause {
@@ -61,8 +61,8 @@ func TestPauseFillsTheBufferOfABacklog(t *testing.T) {
 		t.Errorf("a pause of %v with a full buffer, want %v", got, leastPause)
 	}
 	p.deep = false
-	if got := read(20, 1000); got != shortPause {
-		t.Errorf("a pause of %v after the backlog, want %v", got, shortPause)
+	if got := read(20, 1000); got != loadPause {
+		t.Errorf("a pause of %v after the backlog, want %v", got, loadPause)
 	}
 }
 

@@ -76,14 +76,13 @@ func build(pkg, output string) error {
 	if err != nil {
 		return err
 	}
-	cmd := exec.Command("go", "build", "-o", output)
-	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	args, cgo := []string{"build", "-o", output}, "0"
 	if pkg == relay && raceDetector() {
-		cmd.Args = append(cmd.Args, "-race")
-		cmd.Env = append(cmd.Env, "CGO_ENABLED=1")
+		args, cgo = append(args, "-race"), "1"
 	}
-	cmd.Args = append(cmd.Args, pkg)
+	cmd := exec.Command("go", append(args, pkg)...)
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build: %w\n%s", err, bytes.TrimSpace(out))
 	}
