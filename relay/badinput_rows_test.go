@@ -142,8 +142,9 @@ func TestSubjectTooLong(t *testing.T) {
 	requireLeaves(t, r)
 }
 
-// What the server refuses, since the stream takes less than it did when the
-// relay looked, is parked by the server's reason, and in its place.
+// What the server refuses, since the stream takes less than it did when the relay
+// looked, is parked in its place: the refusal names no event, and the limits that are
+// read after it do.
 func TestStreamTakesLessThanBefore(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -162,7 +163,8 @@ func TestStreamTakesLessThanBefore(t *testing.T) {
 		return bad, append(before, b.insert(2)...)
 	}
 	refused, some := insert()
-	b.requireFailed(refused, "the stream refuses it: message size exceeds maximum allowed (JetStream error 10054)")
+	b.requireFailed(refused, "takes 2000 (max_payload, max_msg_size)")
+	r.WaitLog("the stream refuses a message: message size exceeds maximum allowed (JetStream error 10054)")
 	known, more := insert()
 	b.requireFailed(known, "takes 2000 (max_payload, max_msg_size)")
 	ids = append(append(ids, some...), more...)

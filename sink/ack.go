@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"strconv"
+	"strings"
 )
 
 // replyRoom is what the reply subject may take of the control line.
@@ -144,26 +145,37 @@ func trimBlank(data []byte) []byte {
 	return data
 }
 
-// A reply subject is "<inbox><generation>.<number>": which sending it answers,
-// and which event.
-func appendReply(dst []byte, inbox string, generation, number uint64) []byte {
-	dst = append(dst, inbox...)
-	dst = strconv.AppendUint(dst, generation, 36)
-	dst = append(dst, '.')
-	return strconv.AppendUint(dst, number, 36)
+// reply is where a publish is answered: on "<inbox><generation>", or, where the event
+// has a name, on "<inbox><generation>.<number>".
+type reply struct {
+	generation uint64 // which sending of the window it answers
+	number     uint64 // of the event, if named
+	named      bool
 }
 
-func parseReply(inbox, subject string) (generation, number uint64, ok bool) {
-	if len(subject) <= len(inbox) || subject[:len(inbox)] != inbox {
-		return 0, 0, false
+func (r reply) append(dst []byte, inbox string) []byte {
+	dst = append(dst, inbox...)
+	dst = strconv.AppendUint(dst, r.generation, 36)
+	if r.named {
+		dst = append(dst, '.')
+		dst = strconv.AppendUint(dst, r.number, 36)
 	}
-	tokens := subject[len(inbox):]
-	for i := range len(tokens) {
-		if tokens[i] == '.' {
-			generation, err1 := strconv.ParseUint(tokens[:i], 36, 64)
-			number, err2 := strconv.ParseUint(tokens[i+1:], 36, 64)
-			return generation, number, err1 == nil && err2 == nil
-		}
+	return dst
+}
+
+func parseReply(inbox, subject string) (r reply, ok bool) {
+	tokens, ok := strings.CutPrefix(subject, inbox)
+	if !ok {
+		return reply{}, false
 	}
-	return 0, 0, false
+	generation, number, named := strings.Cut(tokens, ".")
+	var err error
+	if r.generation, err = strconv.ParseUint(generation, 36, 64); err != nil {
+		return reply{}, false
+	}
+	if r.named = named; !named {
+		return r, true
+	}
+	r.number, err = strconv.ParseUint(number, 36, 64)
+	return r, err == nil
 }

@@ -140,62 +140,69 @@ func legalStream(name []byte) bool {
 // is not of this chain's inbox for none.
 func FuzzParseReply(f *testing.F) {
 	const inbox = "_INBOX_outbox.ABC."
-	for _, seed := range []string{inbox + "0.0", inbox + "1.zz", inbox + "3w5e11264sgsf.3w5e11264sgsf", inbox + "1.2.3", inbox + "01.Z", "_INBOX_outbox.ABD.1.2"} {
-		f.Add(seed, uint64(1), uint64(35))
+	for _, seed := range []string{inbox + "0.0", inbox + "1.zz", inbox + "3w5e11264sgsf.3w5e11264sgsf", inbox + "1", inbox + "1.", inbox + "1.2.3", inbox + "01.Z", "_INBOX_outbox.ABD.1.2"} {
+		f.Add(seed, uint64(1), uint64(35), true)
 	}
-	f.Fuzz(func(t *testing.T, subject string, generation, number uint64) {
-		sent := string(appendReply(nil, inbox, generation, number))
-		if g, n, ok := parseReply(inbox, sent); !ok || g != generation || n != number {
-			t.Fatalf("%d, %d came back from %q as %d, %d, %v", generation, number, sent, g, n, ok)
+	f.Fuzz(func(t *testing.T, subject string, generation, number uint64, named bool) {
+		want := reply{generation: generation, named: named}
+		if named {
+			want.number = number
 		}
-		g, n, ok := parseReply(inbox, subject)
+		sent := string(want.append(nil, inbox))
+		if got, ok := parseReply(inbox, sent); !ok || got != want {
+			t.Fatalf("%+v came back from %q as %+v, %v", want, sent, got, ok)
+		}
+		got, ok := parseReply(inbox, subject)
 		tokens := replyForm.FindStringSubmatch(subject)
 		if len(tokens) == 0 || tokens[1] != inbox {
 			if ok {
-				t.Fatalf("%q: taken for %d, %d", subject, g, n)
+				t.Fatalf("%q: taken for %+v", subject, got)
 			}
 			return
 		}
 		first, _ := new(big.Int).SetString(tokens[2], 36)
-		second, _ := new(big.Int).SetString(tokens[3], 36)
-		if legal := first.IsUint64() && second.IsUint64(); ok != legal || ok && (g != first.Uint64() || n != second.Uint64()) {
-			t.Fatalf("%q: taken for %d, %d, %v", subject, g, n, ok)
+		second, _ := new(big.Int).SetString("0"+tokens[4], 36)
+		if legal := first.IsUint64() && second.IsUint64(); ok != legal ||
+			ok && (got != reply{generation: first.Uint64(), number: second.Uint64(), named: tokens[3] != ""}) {
+			t.Fatalf("%q: taken for %+v, %v", subject, got, ok)
 		}
 	})
 }
 
-var replyForm = regexp.MustCompile(`^(.*\.)([0-9A-Za-z]+)\.([0-9A-Za-z]+)$`)
+var replyForm = regexp.MustCompile(`^(_INBOX_outbox\.ABC\.)([0-9A-Za-z]+)(\.([0-9A-Za-z]+))?$`)
 
 func TestReplies(t *testing.T) {
 	const inbox = "_INBOX_outbox.ABC."
-	for _, c := range [][2]uint64{{0, 0}, {1, 35}, {36, 36 * 36}, {math.MaxUint64, math.MaxUint64}} {
-		reply := string(appendReply(nil, inbox, c[0], c[1]))
-		generation, number, ok := parseReply(inbox, reply)
-		if !ok || generation != c[0] || number != c[1] {
-			t.Errorf("%v came back from %s as %d, %d, %v", c, reply, generation, number, ok)
+	for _, want := range []reply{
+		{generation: 0}, {generation: math.MaxUint64}, {generation: 0, number: 0, named: true}, {generation: 1, number: 35, named: true},
+		{generation: 36, number: 36 * 36, named: true}, {generation: math.MaxUint64, number: math.MaxUint64, named: true},
+	} {
+		subject := string(want.append(nil, inbox))
+		if got, ok := parseReply(inbox, subject); !ok || got != want {
+			t.Errorf("%+v came back from %s as %+v", want, subject, got)
 		}
-		if len(reply) > replyRoom || strings.ContainsAny(strings.TrimPrefix(reply, inbox), "*> ") {
-			t.Errorf("the reply subject %q has %d bytes", reply, len(reply))
+		if len(subject) > replyRoom || strings.ContainsAny(strings.TrimPrefix(subject, inbox), "*> ") {
+			t.Errorf("the reply subject %q has %d bytes", subject, len(subject))
 		}
 	}
-	for _, subject := range []string{"", inbox, inbox + "1", inbox + "1.", inbox + ".1", inbox + "1.2.3", inbox + "-1.2",
-		inbox + "1.!", "_INBOX_outbox.ABD.1.2", inbox[:len(inbox)-1] + "1.2", inbox + "1.3w5e11264sgsg"} {
-		if generation, number, ok := parseReply(inbox, subject); ok {
-			t.Errorf("%q: taken for %d, %d", subject, generation, number)
+	for _, subject := range []string{"", inbox, inbox + "1.", inbox + ".1", inbox + "1.2.3", inbox + "-1.2", inbox + "-1",
+		inbox + "1.!", "_INBOX_outbox.ABD.1.2", inbox[:len(inbox)-1] + "1.2", inbox + "1.3w5e11264sgsg", inbox + "3w5e11264sgsg"} {
+		if got, ok := parseReply(inbox, subject); ok {
+			t.Errorf("%q: taken for %+v", subject, got)
 		}
 	}
 }
 
 func TestReadingAnAckAllocatesNothing(t *testing.T) {
 	const inbox = "_INBOX_outbox.ABC."
-	subject := string(appendReply(nil, inbox, 3, 1234567))
+	subject := string(reply{generation: 3, number: 1234567, named: true}.append(nil, inbox))
 	for _, data := range []string{`{"stream":"EVENTS","seq":1234567}`, `{"stream":"EVENTS", "seq": 1234567}`} {
 		answer := []byte(data)
 		allocations := testing.AllocsPerRun(1000, func() {
 			if _, err := parseAck(answer); err != nil {
 				t.Fatal(err)
 			}
-			if _, _, ok := parseReply(inbox, subject); !ok {
+			if _, ok := parseReply(inbox, subject); !ok {
 				t.Fatal("no reply")
 			}
 		})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"sync"
 	"time"
 
@@ -54,6 +55,11 @@ type Outcomes interface {
 // After any other outcome the chain is broken: nothing is sent until Run has
 // learned from the stream's leader what is stored, and sent the rest again.
 //
+// The sequence says which event is stored, so the acks of one server come on one
+// subject, which it then finds in its cache. Any other answer names no event: what is
+// sent again after it has a reply subject for each. So has all that goes to a stream of
+// several servers, where a change of its leader refuses messages and loses acks at once.
+//
 // One goroutine calls Publish and Drain, another one Run.
 type Chain struct {
 	client   *Client
@@ -80,7 +86,10 @@ type Chain struct {
 	last       uint64    // up to it the stream's messages are accounted for
 	next       uint64    // the sequence that the next message must follow
 	generation uint64    // counts how often the window was sent
-	unanswered int       // copies in the window that were sent and not answered
+	named      uint64    // events before this number have a reply subject each
+	pending    int       // copies of this generation without one that were not answered
+	refusals   bool      // some of these were refused
+	unanswered int       // copies in the window that are not known to be answered
 	quiet      time.Time // when something was last sent, answered or reconnected
 	heard      time.Time // when something was last answered
 	foreign    bool      // messages of others were seen
@@ -97,7 +106,9 @@ type entry struct {
 	size     int
 	sequence uint64 // at which it must be, or is, stored
 	sent     time.Time
-	copies   int // sent and not answered
+	copies   int  // sent and not known to be answered
+	pending  bool // one of them is of this generation, and has no reply subject of its own
+	doubtful bool // one of them may have been refused
 	stored   bool
 	blurred  bool   // was overtaken, or overtook: no place for the checkpoint to stop
 	refused  string // why the server can never store it
@@ -143,7 +154,7 @@ func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
 	}
-	ch.takeLimit(from.Stream)
+	ch.takeConfig(from.Stream)
 	ch.changed.L = &ch.mu
 	c.wire.discard()
 	return ch
@@ -226,9 +237,9 @@ func (ch *Chain) publish(index uint64, e *outbox.Event, size int) (sent bool, er
 		return false, nil
 	}
 	number := ch.append(index, e, size)
-	generation, sequence := ch.place(number, time.Now())
+	to, sequence := ch.place(number, time.Now())
 	ch.mu.Unlock()
-	if err := ch.send(generation, number, sequence); err != nil {
+	if err := ch.send(to, sequence); err != nil {
 		ch.fail(fmt.Errorf("publish to %s: %w", ch.builder.subject, err))
 	}
 	return true, nil
@@ -298,12 +309,15 @@ func (ch *Chain) Refresh(ctx context.Context) error {
 	defer func() { <-ch.sending }()
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
-	ch.takeLimit(stream)
+	ch.takeConfig(stream)
 	return nil
 }
 
-// takeLimit is called with the sending token and ch.mu held.
-func (ch *Chain) takeLimit(stream Stream) {
+// takeConfig is called with the sending token and ch.mu held.
+func (ch *Chain) takeConfig(stream Stream) {
+	if stream.Replicated {
+		ch.named = math.MaxUint64
+	}
 	ch.limit = int(ch.client.nc.MaxPayload())
 	if stream.MaxMsgSize >= 0 {
 		ch.limit = min(ch.limit, stream.MaxMsgSize)
@@ -392,8 +406,8 @@ func (ch *Chain) append(index uint64, e *outbox.Event, size int) uint64 {
 	return number
 }
 
-// place gives the event its place in the chain. ch.mu is held.
-func (ch *Chain) place(number uint64, now time.Time) (generation, sequence uint64) {
+// place gives the event its place in the chain, and its answer a subject. ch.mu is held.
+func (ch *Chain) place(number uint64, now time.Time) (to reply, sequence uint64) {
 	en := ch.at(number)
 	ch.next++
 	en.sequence, en.sent = ch.next, now
@@ -401,19 +415,24 @@ func (ch *Chain) place(number uint64, now time.Time) (generation, sequence uint6
 	en.copies++
 	ch.unanswered++
 	ch.quiet = now
-	return ch.generation, en.sequence
+	to = reply{generation: ch.generation, number: number, named: number < ch.named}
+	if !to.named {
+		en.pending = true
+		ch.pending++
+	}
+	return to, en.sequence
 }
 
 // send hands the message that was built to the connection, for the next flush.
 // Whoever calls it has the sending token.
-func (ch *Chain) send(generation, number, sequence uint64) error {
-	ch.reply = appendReply(ch.reply[:0], ch.inbox, generation, number)
+func (ch *Chain) send(to reply, sequence uint64) error {
+	ch.reply = to.append(ch.reply[:0], ch.inbox)
 	return ch.client.wire.publish(ch.builder, ch.reply, sequence-1)
 }
 
 // answer takes one answer to a publish.
 func (ch *Chain) answer(msg *nats.Msg) {
-	generation, number, ok := parseReply(ch.inbox, msg.Subject)
+	to, ok := parseReply(ch.inbox, msg.Subject)
 	if !ok {
 		return
 	}
@@ -425,23 +444,74 @@ func (ch *Chain) answer(msg *nats.Msg) {
 	now := time.Now()
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
-	if number < ch.head || number >= ch.tail {
+	latest := to.generation == ch.generation
+	switch {
+	case to.named && (to.number < ch.head || to.number >= ch.tail):
 		return
-	}
-	en := ch.at(number)
-	if err != nil { // not an answer of the stream: the copy stays unknown
+	case !to.named && !latest: // nobody knows any more which copy it was
+		return
+	case err != nil: // not an answer of the stream: the copy stays unknown
 		ch.breakWith(reason, err)
 		return
 	}
+	ch.quiet, ch.heard = now, now
+	if to.named {
+		ch.answered(ch.at(to.number))
+		if latest {
+			ch.take(ch.at(to.number), a)
+		}
+	} else {
+		ch.takeNameless(a)
+	}
+	ch.changed.Broadcast()
+}
+
+// answered notes that a copy of the event is. ch.mu is held.
+func (ch *Chain) answered(en *entry) {
+	en.pending = false
 	if en.copies > 0 {
 		en.copies--
 		ch.unanswered--
 	}
-	ch.quiet, ch.heard = now, now
-	if generation == ch.generation {
+}
+
+// takeNameless judges an answer on the reply subject of all. ch.mu is held.
+func (ch *Chain) takeNameless(a ack) {
+	if string(a.stream) == ch.stream.Name {
+		ch.pending--
+	}
+	number, ok := ch.expecting(a)
+	switch {
+	case !ok:
+		ch.refusals = true
+		ch.take(&entry{}, a) // whose it is will be known when it comes again
+	case number >= ch.head:
+		en := ch.at(number)
+		ch.answered(en)
 		ch.take(en, a)
 	}
-	ch.changed.Broadcast()
+	if ch.refusals && ch.pending == 0 { // whichever of them was refused: all were answered
+		for n := ch.head; n < ch.tail; n++ {
+			if en := ch.at(n); en.pending {
+				ch.answered(en)
+			}
+		}
+	}
+}
+
+// expecting returns the event that a good ack on the reply subject of all answers. A
+// copy that is stored is the one that could be: it alone follows the sequence before.
+// What a duplicate is stored at was never asked for. ch.mu is held.
+func (ch *Chain) expecting(a ack) (number uint64, ok bool) {
+	if a.code != 0 || a.duplicate || string(a.stream) != ch.stream.Name {
+		return 0, false
+	}
+	// Events from named on were placed one behind the other, the last one at next.
+	back := ch.next - a.sequence
+	if a.sequence > ch.next || back >= ch.tail-ch.named {
+		return 0, false
+	}
+	return ch.tail - 1 - back, true
 }
 
 // take judges an answer to the latest copy of an event. ch.mu is held.
@@ -456,7 +526,7 @@ func (ch *Chain) take(en *entry, a ack) {
 		ch.breakWith(Misrouted, fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name))
 	case a.sequence != en.sequence:
 		en.twin = a.sequence
-		ch.breakWith(Duplicate, fmt.Errorf("a message is stored at sequence %d and was expected at %d", a.sequence, en.sequence))
+		ch.breakWith(Duplicate, fmt.Errorf("a message is stored at sequence %d, where it was not expected", a.sequence))
 	default:
 		en.stored = true
 		ch.probing = false

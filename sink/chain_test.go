@@ -2,9 +2,15 @@ package sink
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/testenv"
@@ -128,6 +134,214 @@ func TestLateCopiesThatAreGone(t *testing.T) {
 			}
 			if err := stop(); err != context.Canceled {
 				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// chainConfig is that of a chain whose stream the relay makes.
+func chainConfig(server string, replicas int) Config {
+	config := Config{Servers: []string{server}, Stream: owner, MaxInflight: 1000, MaxBytes: 1 << 20,
+		Message: MessageConfig{Subject: []Token{{Literal: "events"}, {Column: "aggregate_type"}, {Column: "event_type"}}}}
+	config.Stream.Create, config.Stream.Replicas = true, replicas
+	return config
+}
+
+// The acks of one server come on one subject, those of several on one for each event.
+func TestSubjectsOfAcks(t *testing.T) {
+	const events = 200
+	binary := testenv.NATSBinary(t, "")
+	single, cluster := testenv.NATSProcesses(t, binary, 1)[0], testenv.NATSProcesses(t, binary, 3)[0]
+	for name, c := range map[string]struct {
+		server   string
+		replicas int
+		want     int
+	}{"one server": {single.URL(), 1, 1}, "three replicas": {cluster.URL(), 3, events}} {
+		t.Run(name, func(t *testing.T) {
+			client := connectTo(t, chainConfig(c.server, c.replicas))
+			testenv.Eventually(t, "JetStream", func() bool {
+				_, err := client.OpenStream(t.Context(), client.config.Stream)
+				return err == nil
+			})
+			subjects := map[string]bool{}
+			acks := make(chan *nats.Msg, 10*events) // what finds no room is dropped
+			if _, err := client.nc.ChanSubscribe(client.config.InboxPrefix+".>", acks); err != nil {
+				t.Fatal(err)
+			}
+			chain, stop := runChain(t, client, Heritage{})
+			for i := range uint64(events) {
+				e := event()
+				e.ID = fmt.Appendf(nil, "event_%d", i)
+				if err := chain.Publish(t.Context(), i, e); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := chain.Drain(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			for got := 0; got < events; {
+				msg := <-acks
+				if strings.HasPrefix(msg.Subject, chain.inbox) {
+					subjects[msg.Subject] = true
+					got++
+				}
+			}
+			if len(subjects) != c.want {
+				t.Errorf("acks came on %d subjects, want %d", len(subjects), c.want)
+			}
+			if err := stop(); !errors.Is(err, context.Canceled) {
+				t.Fatal(err)
+			}
+		})
+	}
+}
+
+// settled notes what becomes of the events.
+type settled struct {
+	indifferent
+	mu               sync.Mutex
+	stored, rejected []uint64
+}
+
+func (s *settled) Stored(index, _ uint64, _ bool, _ *outbox.Event, _, _ time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.stored = append(s.stored, index)
+}
+
+func (s *settled) Rejected(_ context.Context, index uint64, _ *outbox.Event, _ string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rejected = append(s.rejected, index)
+	return nil
+}
+
+// What the stream refuses for good is left behind, and nothing else is: the answers
+// name no event at first.
+func TestTheRefusedEventIsFound(t *testing.T) {
+	server := testenv.NATS(t, testenv.NATSOptions{})
+	client := connectTo(t, chainConfig(server.URL(), 1))
+	stream, err := client.OpenStream(t.Context(), client.config.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	outcomes := &settled{}
+	chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, outcomes)
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- chain.Run(ctx) }()
+
+	// The limit is lowered behind the chain's back, so that the server finds them.
+	js := admin(t, server)
+	info, err := js.Stream(t.Context(), owner.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := info.CachedInfo().Config
+	config.MaxMsgSize = 2000
+	if _, err := js.UpdateStream(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	tooLarge := []uint64{7, 8, 31}
+	var want []uint64
+	for i := range uint64(50) {
+		e := event()
+		e.ID = fmt.Appendf(nil, "event_%d", i)
+		if slices.Contains(tooLarge, i) {
+			e.Payload = fmt.Appendf(nil, `"%03000d"`, i)
+		} else {
+			want = append(want, i)
+		}
+		var rejection *RejectedError
+		err := chain.Publish(t.Context(), i, e)
+		if errors.As(err, &rejection) { // the chain knows the limit by now
+			if err := outcomes.Rejected(t.Context(), i, e, ""); err != nil {
+				t.Fatal(err)
+			}
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := chain.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	<-ended
+	if !slices.Equal(outcomes.stored, want) || !slices.Equal(outcomes.rejected, tooLarge) {
+		t.Errorf("stored %v, rejected %v; want %v and %v", outcomes.stored, outcomes.rejected, want, tooLarge)
+	}
+	for i, index := range want {
+		if id, err := client.MessageID(t.Context(), owner.Name, uint64(i+1)); err != nil || id != fmt.Sprint("event_", index) {
+			t.Errorf("message %d is %s, want event %d (%v)", i+1, id, index, err)
+		}
+	}
+}
+
+// Answers that name no event: what they tell of the copies in the window.
+func TestNamelessAnswers(t *testing.T) {
+	const (
+		refusal   = `{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 13"},"stream":"EVENTS","seq":0}`
+		elsewhere = `{"stream":"OTHERS","seq":12}`
+		duplicate = `{"stream":"EVENTS","seq":12,"duplicate":true}`
+	)
+	good := func(sequence int) string { return fmt.Sprintf(`{"stream":"EVENTS","seq":%d}`, 10+sequence) }
+	server := testenv.NATS(t, testenv.NATSOptions{})
+	client := connectTo(t, chainConfig(server.URL(), 1))
+	stream, err := client.OpenStream(t.Context(), client.config.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stream.Last = 10
+	for _, c := range []struct {
+		name       string
+		answers    []string // to three events, which are to be stored at 11, 12 and 13
+		settled    uint64
+		unanswered int
+		doubtful   int
+		broken     Reason
+	}{
+		{name: "none", unanswered: 3},
+		{name: "all are stored", answers: []string{good(1), good(2), good(3)}, settled: 3},
+		{name: "out of turn", answers: []string{good(3), good(1)}, settled: 1, unanswered: 1},
+		{name: "all are refused", answers: []string{refusal, refusal, refusal}, broken: OutOfOrder},
+		{name: "one is refused, and some are unanswered", answers: []string{good(1), refusal}, settled: 1, unanswered: 2, doubtful: 2, broken: OutOfOrder},
+		{name: "one is refused, the others stored", answers: []string{good(1), refusal, good(3)}, settled: 1, broken: OutOfOrder},
+		{name: "one is refused, before the others are stored", answers: []string{refusal, good(2), good(3)}, broken: OutOfOrder},
+		{name: "a duplicate, where another is expected", answers: []string{good(1), duplicate}, settled: 1, unanswered: 2, doubtful: 2, broken: Duplicate},
+		{name: "stored where none is expected", answers: []string{good(4)}, unanswered: 3, doubtful: 3, broken: Duplicate},
+		{name: "stored before any is expected", answers: []string{good(-5)}, unanswered: 3, doubtful: 3, broken: Duplicate},
+		{name: "another stream's counts for no copy", answers: []string{elsewhere, good(1), good(2)}, settled: 2, unanswered: 1, doubtful: 1, broken: Misrouted},
+		{name: "no answer of a stream", answers: []string{""}, unanswered: 3, broken: Unanswered},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})
+			chain.broken = nil
+			for i := range uint64(3) {
+				chain.mu.Lock()
+				e := event()
+				chain.place(chain.append(i, e, e.Size()), time.Now())
+				chain.mu.Unlock()
+			}
+			for _, answer := range c.answers {
+				chain.answer(&nats.Msg{Subject: chain.inbox + "0", Data: []byte(answer)})
+			}
+			r := resyncer{Chain: chain}
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.doubt()
+			doubtful, copies := 0, 0
+			for n, event := range r.candidates() {
+				copies += r.at(r.head + uint64(n)).copies
+				if event.doubtful {
+					doubtful++
+				}
+			}
+			if chain.head != c.settled || chain.unanswered != c.unanswered || copies != c.unanswered || doubtful != c.doubtful {
+				t.Errorf("%d settled, %d unanswered, %d copies, %d doubtful; want %d, %d, %d", chain.head, chain.unanswered, copies, doubtful,
+					c.settled, c.unanswered, c.doubtful)
+			}
+			if chain.broken == nil != (c.broken == "") || c.broken != "" && reasonOf(chain.broken) != c.broken {
+				t.Errorf("broken: %v, want %q", chain.broken, c.broken)
 			}
 		})
 	}

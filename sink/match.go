@@ -6,6 +6,9 @@ import "fmt"
 type candidate struct {
 	id    string
 	maybe bool // a copy of it may have been stored, of ours or of an earlier chain; false: every copy was refused
+	// doubtful: every copy may have been refused, which happens where others publish:
+	// what is gone may have been theirs.
+	doubtful bool
 }
 
 // verdict is what the tail tells of the candidates.
@@ -91,15 +94,19 @@ func (v *verdict) place(places []int) int {
 // them they were overtaken.
 func (v *verdict) before(events []candidate, i int, gone []message) *AmbiguousError {
 	var maybe []int
+	doubt := false
 	for k := v.proved; k < i; k++ {
 		if events[k].maybe {
 			maybe = append(maybe, k)
+			doubt = doubt || events[k].doubtful
 		}
 	}
 	switch {
 	case len(gone) == 0:
 	case len(maybe) == 0:
 		v.lost += len(gone)
+	case doubt:
+		return ambiguous(gone, fmt.Sprintf("events before %s, which is stored, may have been refused", events[i].id))
 	case len(gone) != len(maybe):
 		return ambiguous(gone, fmt.Sprintf("event %s, which is stored, follows %d events that may have been stored there", events[i].id, len(maybe)))
 	default:
@@ -115,12 +122,13 @@ func (v *verdict) trailing(events []candidate, gone []message, foreign bool) *Am
 	if len(gone) == 0 {
 		return nil
 	}
-	maybe := 0
+	maybe, doubt := 0, false
 	for _, event := range events[v.proved:] {
 		if !event.maybe {
 			break
 		}
 		maybe++
+		doubt = doubt || event.doubtful
 	}
 	switch {
 	case maybe == 0:
@@ -128,6 +136,8 @@ func (v *verdict) trailing(events []candidate, gone []message, foreign bool) *Am
 		return nil
 	case foreign:
 		return ambiguous(gone, "other messages than this relay's were seen in the stream")
+	case doubt:
+		return ambiguous(gone, fmt.Sprintf("event %s may have been refused", events[v.proved].id))
 	case len(gone) > maybe:
 		return ambiguous(gone, fmt.Sprintf("only %d events can have been stored there", maybe))
 	}

@@ -29,12 +29,14 @@ func tailOf(s string) []message {
 	return tail
 }
 
-// eventsOf makes candidates; "!" behind an id says that every copy was refused.
+// eventsOf makes candidates; "!" behind an id says that every copy was refused, "~"
+// that every copy may have been.
 func eventsOf(s string) []candidate {
 	var events []candidate
 	for _, word := range strings.Fields(s) {
 		id, refused := strings.CutSuffix(word, "!")
-		events = append(events, candidate{id: id, maybe: !refused})
+		id, doubtful := strings.CutSuffix(id, "~")
+		events = append(events, candidate{id: id, maybe: !refused, doubtful: doubtful})
 	}
 	return events
 }
@@ -69,6 +71,10 @@ func TestMatch(t *testing.T) {
 		{name: "gone before one that stands, too few", tail: "- c", events: "a b c", ambiguous: "11-11"},
 		{name: "gone before the first", tail: "- a", events: "a b", stored: map[int]uint64{0: 12}, proved: 1, lost: 1},
 		{name: "gone before one that stands, a refused one between", tail: "- c", events: "a b! c", stored: map[int]uint64{0: 11, 2: 12}, proved: 3},
+		{name: "gone before one that stands, and may be another's", tail: "- c", events: "a~ b! c", ambiguous: "11-11"},
+		{name: "gone at the end, and may be another's", tail: "a - -", events: "a b c~", ambiguous: "12-13"},
+		{name: "in doubt behind what is gone", tail: "a -", events: "a b c! d~", stored: map[int]uint64{0: 11, 1: 12}, proved: 2},
+		{name: "in doubt, nothing gone", tail: "a b", events: "a~ b~ c~", stored: map[int]uint64{0: 11, 1: 12}, proved: 2},
 		{name: "foreign ones among ours", tail: "? a ? b ''", events: "a b", stored: map[int]uint64{0: 12, 1: 14}, proved: 2, foreign: 3},
 		{name: "foreign ones once seen, nothing gone", tail: "a b", events: "a b", foreignSeen: true, stored: map[int]uint64{0: 11, 1: 12}, proved: 2},
 		{name: "overtaken", tail: "? b", events: "a b c", stored: map[int]uint64{1: 12}, proved: 2, foreign: 1},
@@ -195,6 +201,35 @@ func TestMatchAgainstAllHistories(t *testing.T) {
 	}
 	if ambiguous == 0 || ambiguous > 15000 {
 		t.Errorf("%d of 20000 ambiguous: the worlds are one-sided", ambiguous)
+	}
+}
+
+// Whatever is said of events in doubt is so, too, where they were refused.
+func TestMatchInDoubt(t *testing.T) {
+	seed := rand.Uint64()
+	r := rand.New(rand.NewPCG(seed, 1))
+	said := 0
+	for range 20000 {
+		w := newWorld(r)
+		for i := range w.events {
+			w.events[i].doubtful = r.IntN(3) == 0
+		}
+		v, ambiguity := match(w.tail, w.events, false)
+		if ambiguity != nil {
+			continue
+		}
+		refused := slices.Clone(w.events)
+		for i := range refused {
+			refused[i].maybe = refused[i].maybe && !refused[i].doubtful
+		}
+		other, ambiguity := match(w.tail, refused, false)
+		if ambiguity != nil || !maps.Equal(v.stored, other.stored) {
+			t.Fatalf("seed %d: %v and %v: match says %v, and %v (%v) of those refused", seed, w.tail, w.events, v.stored, other.stored, ambiguity)
+		}
+		said++
+	}
+	if said < 2000 {
+		t.Errorf("something was said of %d in 20000: the worlds are one-sided", said)
 	}
 }
 

@@ -215,6 +215,7 @@ func (r *resyncer) account(ctx context.Context, stream Stream) (again bool, err 
 	r.mu.Lock()
 	base := r.head
 	tail = r.unknown(tail)
+	r.doubt()
 	v, ambiguity := match(tail, r.candidates(), r.foreign)
 	late := r.unanswered > 0
 	r.mu.Unlock()
@@ -275,12 +276,23 @@ func (r *resyncer) unknown(tail []message) []message {
 	return tail
 }
 
+// doubt marks the events of which nobody knows whether they were refused: some were,
+// by answers that named none, and others have not been answered. r.mu is held.
+func (r *resyncer) doubt() {
+	for n := r.head; n < r.tail && r.refusals; n++ {
+		en := r.at(n)
+		en.doubtful = en.doubtful || en.pending
+	}
+}
+
 // candidates lists the window. r.mu is held.
 func (r *resyncer) candidates() []candidate {
 	events := make([]candidate, 0, r.tail-r.head)
 	for n := r.head; n < r.tail; n++ {
 		en := r.at(n)
-		events = append(events, candidate{id: en.event.MessageID(), maybe: en.copies > 0 || en.stored || r.inherited(en)})
+		events = append(events, candidate{
+			id: en.event.MessageID(), maybe: en.copies > 0 || en.stored || r.inherited(en), doubtful: en.doubtful && !en.stored,
+		})
 	}
 	return events
 }
@@ -363,12 +375,14 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.generation++
+	r.named, r.pending, r.refusals = max(r.named, r.tail), 0, false
 	r.next = r.last // acks may have come since the stream was looked at
 	r.probing = false
 	r.broken = nil // an answer to what is sent now may break the chain again
-	r.takeLimit(stream)
+	r.takeConfig(stream)
 	for n := r.head; n < r.tail && r.broken == nil; n++ {
 		en := r.at(n)
+		en.pending = false
 		if en.stored {
 			continue
 		}
@@ -377,9 +391,9 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 			r.broken = err
 			break
 		}
-		generation, sequence := r.place(n, time.Now())
+		to, sequence := r.place(n, time.Now())
 		r.mu.Unlock() // the window can't grow, since the resync has the sending token
-		err := r.send(generation, n, sequence)
+		err := r.send(to, sequence)
 		r.mu.Lock()
 		if err != nil {
 			r.broken = err
