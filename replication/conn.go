@@ -18,6 +18,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"outbox-relay/internal/lsn"
+	"outbox-relay/replication/pace"
 )
 
 // senderTimeout is how long Postgres keeps a slot for a relay that fell
@@ -39,7 +40,7 @@ var ErrSlotInUse = errors.New("the slot is in use")
 // Conn is a replication connection before it streams. It has one owner.
 type Conn struct {
 	pg *pgconn.PgConn
-	r  *pacedReader
+	r  *pace.Reader
 }
 
 // Connect opens a replication connection to the database of config, which is
@@ -66,7 +67,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	}
 	config.DialFunc, config.ConnectTimeout = dialWalsender, cmp.Or(config.ConnectTimeout, ConnectTimeout)
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		c.r = newPacedReader(r)
+		c.r = pace.NewReader(r)
 		return pgproto3.NewFrontend(c.r, w)
 	}
 	pg, err := pgconn.ConnectConfig(ctx, config)
@@ -93,18 +94,13 @@ func Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	return dialer.DialContext(ctx, network, address)
 }
 
-// dialWalsender dials, and fixes the receive buffer of a connection within this
-// machine: by itself it grows, and is never full then. Over a network the buffer has
-// to hold what is under way, and stays as it is.
+// dialWalsender dials for a paced reader.
 func dialWalsender(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := Dial(ctx, network, address)
-	if err != nil {
-		return nil, err
+	if err == nil {
+		pace.FixBuffer(conn)
 	}
-	if tcp, ok := conn.(*net.TCPConn); ok && tcp.RemoteAddr().(*net.TCPAddr).IP.IsLoopback() {
-		_ = tcp.SetReadBuffer(receiveBuffer) // without it, it is slower
-	}
-	return conn, nil
+	return conn, err
 }
 
 // System is what IDENTIFY_SYSTEM tells.

@@ -127,7 +127,7 @@ func (s *Session) Run(ctx context.Context, handler Handler) error {
 
 	// The read itself has no context: a deadline for each message would cost
 	// more than decoding it.
-	s.conn.r.idle = handler.Idle
+	s.conn.r.Idle = handler.Idle
 	interrupt := context.AfterFunc(ctx, func() { _ = s.conn.pg.Conn().SetReadDeadline(time.Unix(1, 0)) })
 	defer interrupt()
 	err := s.read(handler)

@@ -1,42 +1,25 @@
-// Package discard is the best reader of a slot that is known: it lets bytes pile up
-// between its reads and only counts events. What others read is compared with it,
-// and with it what a walsender costs is measured, as the walsender waits for nobody
-// else. Linux only: CPU times come from /proc.
+// Package discard is the best reader of a slot that is known: it leaves the walsender
+// undisturbed, as the relay does, and only counts events. What others read is compared
+// with it, and with it what a walsender costs is measured, as the walsender waits for
+// nobody else. Linux only: CPU times come from /proc.
 package discard
 
 import (
-	"bufio"
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
+
+	"outbox-relay/replication/pace"
 )
-
-// pileUp is how long bytes may pile up before they are read: a reader that always
-// waits makes the walsender wake it for every message, which halves the walsender.
-const (
-	pileUp  = 400 * time.Microsecond
-	oneRead = 1 << 20 // bytes
-)
-
-// pilingUp waits before each read. Go's own timers would wait a millisecond in a
-// process that does nothing else, nanosleep is exact; and a millisecond is too long
-// (docs/performance.md).
-type pilingUp struct{ io.Reader }
-
-func (p pilingUp) Read(b []byte) (int, error) {
-	pause := syscall.NsecToTimespec(pileUp.Nanoseconds())
-	_ = syscall.Nanosleep(&pause, nil) // a signal may cut it short
-	return p.Reader.Read(b)
-}
 
 // Reading is a slot, and how it is to be read.
 type Reading struct {
@@ -136,8 +119,15 @@ func (r Reading) connect(ctx context.Context) (*pgconn.PgConn, error) {
 	for name, value := range r.Parameters {
 		config.RuntimeParams[name] = value
 	}
+	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+		if err == nil {
+			pace.FixBuffer(conn)
+		}
+		return conn, err
+	}
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		return pgproto3.NewFrontend(bufio.NewReaderSize(pilingUp{r}, oneRead), w)
+		return pgproto3.NewFrontend(pace.NewReader(r), w)
 	}
 	return pgconn.ConnectConfig(ctx, config)
 }

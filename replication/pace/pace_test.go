@@ -1,4 +1,4 @@
-package replication
+package pace
 
 import (
 	"bytes"
@@ -13,7 +13,7 @@ import (
 func TestPaceFollowsTheLoad(t *testing.T) {
 	const heavy = int(busyRate / 1000 * 2) // bytes a millisecond, at twice the rate that counts as load
 	now := time.Unix(1, 0)
-	p := newPacedReader(nil)
+	p := NewReader(nil)
 	play := func(reads, bytes int, apart time.Duration) bool {
 		for range reads {
 			now = now.Add(apart)
@@ -40,7 +40,7 @@ func TestPaceFollowsTheLoad(t *testing.T) {
 
 // A backlog is read when the buffer is full, under load after loadPause.
 func TestPauseFillsTheBufferOfABacklog(t *testing.T) {
-	p := newPacedReader(nil)
+	p := NewReader(nil)
 	read := func(reads, bytes int) time.Duration {
 		for range reads {
 			p.adapt(bytes)
@@ -72,8 +72,8 @@ func TestPacedReaderKeepsTheBytes(t *testing.T) {
 	want := bytes.Repeat([]byte("0123456789"), 300_000)
 	broken := errors.New("cut")
 	idles := 0
-	p := newPacedReader(iotest.HalfReader(io.MultiReader(bytes.NewReader(want), iotest.ErrReader(broken))))
-	p.idle = func() { idles++ }
+	p := NewReader(iotest.HalfReader(io.MultiReader(bytes.NewReader(want), iotest.ErrReader(broken))))
+	p.Idle = func() { idles++ }
 	got, err := io.ReadAll(p)
 	if !errors.Is(err, broken) || !bytes.Equal(got, want) {
 		t.Errorf("%d bytes and %v, want %d and %v", len(got), err, len(want), broken)

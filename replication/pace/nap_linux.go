@@ -1,4 +1,4 @@
-package replication
+package pace
 
 import (
 	"syscall"

@@ -1,7 +1,9 @@
-package replication
+// Package pace reads from a walsender so that it is left undisturbed.
+package pace
 
 import (
 	"io"
+	"net"
 	"time"
 )
 
@@ -23,19 +25,19 @@ const (
 	fullRead      = 64 << 10
 )
 
-// pacedReader buffers reads and, under load only, waits a little before it
-// reads again. A reader that always waits on the socket makes the walsender
+// Reader buffers reads and, under load only, waits a little before it reads again. A reader that always waits on the socket makes the walsender
 // wake it for every message it sends, which halves the walsender.
 //
 // So does a reader whose receive buffer has room for every message: each goes through
 // TCP by itself. Where there is none it is only appended to what waits already. With a
 // backlog the pauses are therefore as long as it takes to fill the buffer.
 // docs/performance.md has the figures.
-type pacedReader struct {
+type Reader struct {
+	Idle func() // called before each read
+
 	r          io.Reader
 	buf        []byte
 	begin, end int
-	idle       func() // called before each read
 
 	busy   bool          // there is load
 	deep   bool          // there is a backlog
@@ -44,12 +46,22 @@ type pacedReader struct {
 	gained int           // bytes read in it
 }
 
-func newPacedReader(r io.Reader) *pacedReader {
-	return &pacedReader{r: r, buf: make([]byte, readBuffer), idle: func() {}, pause: loadPause}
+// NewReader returns a Reader of a connection that FixBuffer has prepared.
+func NewReader(r io.Reader) *Reader {
+	return &Reader{Idle: func() {}, r: r, buf: make([]byte, readBuffer), pause: loadPause}
+}
+
+// FixBuffer fixes the receive buffer of a connection within this machine: by itself it
+// grows, and is never full then. Over a network the buffer has to hold what is under
+// way, and stays as it is.
+func FixBuffer(conn net.Conn) {
+	if tcp, ok := conn.(*net.TCPConn); ok && tcp.RemoteAddr().(*net.TCPAddr).IP.IsLoopback() {
+		_ = tcp.SetReadBuffer(receiveBuffer) // without it, it is slower
+	}
 }
 
 // Read returns what is buffered, else what one read brings.
-func (p *pacedReader) Read(dst []byte) (int, error) {
+func (p *Reader) Read(dst []byte) (int, error) {
 	if p.begin == p.end {
 		if err := p.fill(); err != nil {
 			return 0, err
@@ -60,8 +72,8 @@ func (p *pacedReader) Read(dst []byte) (int, error) {
 	return n, nil
 }
 
-func (p *pacedReader) fill() error {
-	p.idle()
+func (p *Reader) fill() error {
+	p.Idle()
 	if p.busy {
 		nap(p.pause)
 	}
@@ -76,7 +88,7 @@ func (p *pacedReader) fill() error {
 }
 
 // measure decides, once a window, whether there is load, and a backlog.
-func (p *pacedReader) measure(n int, now time.Time) {
+func (p *Reader) measure(n int, now time.Time) {
 	p.gained += n
 	elapsed := now.Sub(p.since)
 	if elapsed < paceWindow {
@@ -90,7 +102,7 @@ func (p *pacedReader) measure(n int, now time.Time) {
 // adapt sets the pause after a read of n bytes. That of a backlog becomes half as long
 // again where the buffer was not full, and else a third shorter: large events fill it
 // at once, and are not to wait.
-func (p *pacedReader) adapt(n int) {
+func (p *Reader) adapt(n int) {
 	switch {
 	case !p.deep:
 		p.pause = loadPause
