@@ -67,7 +67,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	}
 	config.DialFunc, config.ConnectTimeout = dialWalsender, cmp.Or(config.ConnectTimeout, ConnectTimeout)
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		c.r = pace.NewReader(r)
+		c.r = pace.NewReader(r, w)
 		return pgproto3.NewFrontend(c.r, w)
 	}
 	pg, err := pgconn.ConnectConfig(ctx, config)

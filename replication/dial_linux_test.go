@@ -18,11 +18,11 @@ func TestDialLimitsWhatIsUnacknowledged(t *testing.T) {
 	}
 }
 
-// Within a machine the receive buffer is 128 KiB and does not grow. Linux doubles what
+// Within a machine the receive buffer is 64 KiB and does not grow. Linux doubles what
 // is asked for; see socket(7).
 func TestReceiveBufferIsFixed(t *testing.T) {
-	if got := dialedOption(t, dialWalsender, syscall.SOL_SOCKET, syscall.SO_RCVBUF); got != 2*128<<10 {
-		t.Errorf("SO_RCVBUF is %d, want %d", got, 2*128<<10)
+	if got := dialedOption(t, dialWalsender, syscall.SOL_SOCKET, syscall.SO_RCVBUF); got != 2*64<<10 {
+		t.Errorf("SO_RCVBUF is %d, want %d", got, 2*64<<10)
 	}
 }
 

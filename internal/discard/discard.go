@@ -127,7 +127,7 @@ func (r Reading) connect(ctx context.Context) (*pgconn.PgConn, error) {
 		return conn, err
 	}
 	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		return pgproto3.NewFrontend(pace.NewReader(r), w)
+		return pgproto3.NewFrontend(pace.NewReader(r, w), w)
 	}
 	return pgconn.ConnectConfig(ctx, config)
 }

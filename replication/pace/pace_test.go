@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"net"
+	"path/filepath"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -13,7 +15,7 @@ import (
 func TestPaceFollowsTheLoad(t *testing.T) {
 	const heavy = int(busyRate / 1000 * 2) // bytes a millisecond, at twice the rate that counts as load
 	now := time.Unix(1, 0)
-	p := NewReader(nil)
+	p := NewReader(nil, nil)
 	play := func(reads, bytes int, apart time.Duration) bool {
 		for range reads {
 			now = now.Add(apart)
@@ -38,31 +40,59 @@ func TestPaceFollowsTheLoad(t *testing.T) {
 	}
 }
 
-// A backlog is read when the buffer is full, under load after loadPause.
-func TestPauseFillsTheBufferOfABacklog(t *testing.T) {
-	p := NewReader(nil)
-	read := func(reads, bytes int) time.Duration {
+// A backlog is left alone for ever longer, and then read without a pause until all is
+// read; under load there is always loadPause.
+func TestPausesOfABacklog(t *testing.T) {
+	p := NewReader(nil, nil)
+	read := func(reads, bytes int) (more bool, pause time.Duration) {
 		for range reads {
 			p.adapt(bytes)
 		}
-		return p.pause
+		return p.more, p.pause
 	}
-	if got := read(20, 1000); got != loadPause {
-		t.Errorf("a pause of %v under load, want %v", got, loadPause)
+	for _, bytes := range []int{1, 1 << 20} {
+		if more, pause := read(20, bytes); more || pause != loadPause {
+			t.Errorf("a pause of %v after %d bytes under load (%v), want %v", pause, bytes, more, loadPause)
+		}
 	}
 	p.deep = true
-	if got := read(1, fullRead-1); got <= loadPause {
-		t.Errorf("a pause of %v before the buffer is full", got)
+	if more, pause := read(1, drained-1); more || pause <= loadPause || pause >= longPause {
+		t.Errorf("a pause of %v when a backlog has begun (%v)", pause, more)
 	}
-	if got := read(20, fullRead-1); got != longPause {
-		t.Errorf("a pause of %v with a buffer that never fills, want %v", got, longPause)
+	if more, pause := read(20, drained-1); more || pause != longPause {
+		t.Errorf("a pause of %v with a backlog (%v), want %v", pause, more, longPause)
 	}
-	if got := read(20, fullRead); got != leastPause {
-		t.Errorf("a pause of %v with a full buffer, want %v", got, leastPause)
+	if more, _ := read(20, drained); !more {
+		t.Error("a pause where there is more to read")
 	}
 	p.deep = false
-	if got := read(20, 1000); got != loadPause {
-		t.Errorf("a pause of %v after the backlog, want %v", got, loadPause)
+	if more, pause := read(1, 1<<20); more || pause != loadPause {
+		t.Errorf("a pause of %v after the backlog (%v), want %v", pause, more, loadPause)
+	}
+}
+
+// Only within a machine, and by TCP, the sender goes on while nobody reads.
+func TestBacklogsOfOthers(t *testing.T) {
+	for network, c := range map[string]struct {
+		address string
+		near    bool
+	}{"tcp": {"127.0.0.1:0", true}, "unix": {filepath.Join(t.TempDir(), "socket"), false}} {
+		listener, err := net.Listen(network, c.address)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer listener.Close()
+		conn, err := net.Dial(network, listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		p := NewReader(conn, conn)
+		p.since = time.Unix(1, 0)
+		p.measure(1<<30, p.since.Add(paceWindow))
+		if !p.busy || p.deep != c.near {
+			t.Errorf("%s: busy %v, a backlog %v; want %v", network, p.busy, p.deep, c.near)
+		}
 	}
 }
 
@@ -72,7 +102,7 @@ func TestPacedReaderKeepsTheBytes(t *testing.T) {
 	want := bytes.Repeat([]byte("0123456789"), 300_000)
 	broken := errors.New("cut")
 	idles := 0
-	p := NewReader(iotest.HalfReader(io.MultiReader(bytes.NewReader(want), iotest.ErrReader(broken))))
+	p := NewReader(iotest.HalfReader(io.MultiReader(bytes.NewReader(want), iotest.ErrReader(broken))), nil)
 	p.Idle = func() { idles++ }
 	got, err := io.ReadAll(p)
 	if !errors.Is(err, broken) || !bytes.Equal(got, want) {
