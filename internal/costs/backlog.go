@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,14 +16,18 @@ type backlog struct {
 	transactions, events int
 	tables               []string
 	marked               bool // each row, behind its transaction, as the relay does it
+	text                 int  // characters in a payload; 0: usualText
 }
+
+// usualText makes a payload of 200 bytes.
+const usualText = 160
 
 // outboxOnly is the usual table.
 var outboxOnly = []string{"events"}
 
 func (d *database) writeBacklog(ctx context.Context, b backlog) error {
 	_, err := d.sql.Exec(ctx, `set synchronous_commit = off;
-		create or replace procedure write_backlog(transactions int, events int, tables text[], marked bool) language plpgsql as $$
+		create or replace procedure write_backlog(transactions int, events int, tables text[], marked bool, text int) language plpgsql as $$
 		declare
 			target text;
 		begin
@@ -30,7 +35,7 @@ func (d *database) writeBacklog(ctx context.Context, b backlog) error {
 				target := tables[1 + t % array_length(tables, 1)];
 				execute format('insert into %I (aggregate_type, aggregate_id, event_type, payload)
 					select ''order'', ''order-'' || ($1 * $2 + i) %% 1000, ''created'',
-						jsonb_build_object(''line'', i, ''text'', repeat(''x'', 160)) from generate_series(1, $2) i', target) using t, events;
+						jsonb_build_object(''line'', i, ''text'', repeat(''x'', $3)) from generate_series(1, $2) i', target) using t, events, text;
 				commit;
 				if marked then
 					execute format('update %I set status = ''published'', published_at = now() where status = ''pending''', target);
@@ -41,7 +46,7 @@ func (d *database) writeBacklog(ctx context.Context, b backlog) error {
 	if err != nil {
 		return err
 	}
-	if _, err := d.sql.Exec(ctx, `call write_backlog($1, $2, $3, $4)`, b.transactions, b.events, b.tables, b.marked); err != nil {
+	if _, err := d.sql.Exec(ctx, `call write_backlog($1, $2, $3, $4, $5)`, b.transactions, b.events, b.tables, b.marked, cmp.Or(b.text, usualText)); err != nil {
 		return err
 	}
 	_, err = d.sql.Exec(ctx, `checkpoint`)

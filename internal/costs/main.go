@@ -1,7 +1,7 @@
 // Costs measures what the outbox costs Postgres: recording outcomes in each mode,
 // with and without HOT updates, what retention does to writers, what the walsender
-// uses by publication and options, for large transactions and for each more slot,
-// and what an insert is made of. It uses the relay's own statements on a throw-away
+// uses by publication and options, by its reader, for large transactions and for each
+// more slot, and what an insert is made of. It uses the relay's own statements on a throw-away
 // Postgres, and compares within one
 // run only: rounds alternate, and their medians count. Linux only, for it reads
 // the CPU time of backends from /proc.
@@ -9,6 +9,7 @@
 //	POSTGRES_VERSION=18 go run ./internal/costs recording
 //	POSTGRES_VERSION=18 go run ./internal/costs retention
 //	POSTGRES_VERSION=18 go run ./internal/costs walsender
+//	POSTGRES_VERSION=18 go run ./internal/costs readers
 //	POSTGRES_VERSION=18 go run ./internal/costs large
 //	POSTGRES_VERSION=18 go run ./internal/costs slots
 //	POSTGRES_VERSION=18 go run ./internal/costs insert
@@ -49,7 +50,7 @@ func main() {
 
 func run(ctx context.Context, args []string, out io.Writer) error {
 	measurements := map[string]func(context.Context, []string, io.Writer) error{
-		"recording": recording, "retention": retention, "walsender": walsender, "large": large, "slots": slots, "insert": insert,
+		"recording": recording, "retention": retention, "walsender": walsender, "readers": readers, "large": large, "slots": slots, "insert": insert,
 	}
 	if len(args) == 0 || measurements[args[0]] == nil {
 		return fmt.Errorf("say what to measure: one of %s", strings.Join(slices.Sorted(maps.Keys(measurements)), ", "))

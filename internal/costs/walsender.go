@@ -148,9 +148,13 @@ func addSendings(all map[string]*sendings, figures map[string]discard.Figures, e
 		if all[name] == nil {
 			all[name] = &sendings{bytes: float64(f.Bytes) / events}
 		}
-		c := all[name]
-		c.cpu = append(c.cpu, float64(f.Walsender.Nanoseconds())/1e3/events)
-		c.ratio = append(c.ratio, f.Walsender.Seconds()/relay.Walsender.Seconds())
-		c.rate = append(c.rate, relay.Took.Seconds()/f.Took.Seconds())
+		all[name].add(f, relay, events)
 	}
+}
+
+// add adds the figures of one reading, beside those of the relay's in the same round.
+func (c *sendings) add(f, relay discard.Figures, events float64) {
+	c.cpu = append(c.cpu, float64(f.Walsender.Nanoseconds())/1e3/events)
+	c.ratio = append(c.ratio, f.Walsender.Seconds()/relay.Walsender.Seconds())
+	c.rate = append(c.rate, relay.Took.Seconds()/f.Took.Seconds())
 }

@@ -5,6 +5,7 @@
 package discard
 
 import (
+	"bufio"
 	"context"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -28,6 +30,43 @@ type Reading struct {
 	Options     []string          // of pgoutput; nil: those of the relay
 	Parameters  map[string]string // of the session
 	Events      int               // inserts after which it ends
+	Pace        Pace
+}
+
+// Pace is how a connection is read.
+type Pace int
+
+const (
+	Undisturbed Pace = iota // as the relay does it
+	Waiting                 // whatever comes, at once
+	Pausing                 // what comes within pileUp, by a receive buffer that grows
+)
+
+const (
+	pileUp  = 400 * time.Microsecond
+	oneRead = 1 << 20 // bytes
+)
+
+// pausing pauses before each read. Go's own timers would wait a millisecond in a
+// process that does nothing else; nanosleep is exact.
+type pausing struct{ io.Reader }
+
+func (p pausing) Read(b []byte) (int, error) {
+	pause := syscall.NsecToTimespec(pileUp.Nanoseconds())
+	_ = syscall.Nanosleep(&pause, nil) // a signal may cut it short
+	return p.Reader.Read(b)
+}
+
+// reader reads what comes on a connection; w writes to it.
+func (p Pace) reader(r io.Reader, w io.Writer) io.Reader {
+	switch p {
+	case Waiting:
+		return bufio.NewReaderSize(r, oneRead)
+	case Pausing:
+		return bufio.NewReaderSize(pausing{r}, oneRead)
+	default:
+		return pace.NewReader(r, w)
+	}
 }
 
 // options are those of the relay.
@@ -121,13 +160,13 @@ func (r Reading) connect(ctx context.Context) (*pgconn.PgConn, error) {
 	}
 	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
-		if err == nil {
+		if err == nil && r.Pace == Undisturbed {
 			pace.FixBuffer(conn)
 		}
 		return conn, err
 	}
-	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		return pgproto3.NewFrontend(pace.NewReader(r, w), w)
+	config.BuildFrontend = func(from io.Reader, to io.Writer) *pgproto3.Frontend {
+		return pgproto3.NewFrontend(r.Pace.reader(from, to), to)
 	}
 	return pgconn.ConnectConfig(ctx, config)
 }
