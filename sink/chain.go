@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math"
 	"sync"
 	"time"
 
@@ -56,9 +55,10 @@ type Outcomes interface {
 // learned from the stream's leader what is stored, and sent the rest again.
 //
 // The sequence says which event is stored, so the acks of one server come on one
-// subject, which it then finds in its cache. Any other answer names no event: what is
-// sent again after it has a reply subject for each. So has all that goes to a stream of
-// several servers, where a change of its leader refuses messages and loses acks at once.
+// subject, which it then finds in its cache. Any other answer on that names no event:
+// what is sent again after it has a name, a reply subject of its own. So has what is
+// sent alone, and what goes to a stream that is known to have replicas: a new leader
+// refuses messages and loses acks at once.
 //
 // One goroutine calls Publish and Drain, another one Run.
 type Chain struct {
@@ -86,9 +86,10 @@ type Chain struct {
 	last       uint64    // up to it the stream's messages are accounted for
 	next       uint64    // the sequence that the next message must follow
 	generation uint64    // counts how often the window was sent
-	named      uint64    // events before this number have a reply subject each
-	pending    int       // copies of this generation without one that were not answered
-	refusals   bool      // some of these were refused
+	replicated bool      // all that is sent has a name
+	named      uint64    // so have events before this number, in this generation
+	pending    int       // nameless copies of this generation that were not answered
+	doubt      uint64    // events before this number may have been refused, if nameless
 	unanswered int       // copies in the window that are not known to be answered
 	quiet      time.Time // when something was last sent, answered or reconnected
 	heard      time.Time // when something was last answered
@@ -107,8 +108,7 @@ type entry struct {
 	sequence uint64 // at which it must be, or is, stored
 	sent     time.Time
 	copies   int  // sent and not known to be answered
-	pending  bool // one of them is of this generation, and has no reply subject of its own
-	doubtful bool // one of them may have been refused
+	nameless bool // one of them is, the first that was sent
 	stored   bool
 	blurred  bool   // was overtaken, or overtook: no place for the checkpoint to stop
 	refused  string // why the server can never store it
@@ -315,9 +315,7 @@ func (ch *Chain) Refresh(ctx context.Context) error {
 
 // takeConfig is called with the sending token and ch.mu held.
 func (ch *Chain) takeConfig(stream Stream) {
-	if stream.Replicated {
-		ch.named = math.MaxUint64
-	}
+	ch.replicated = stream.Replicated
 	ch.limit = int(ch.client.nc.MaxPayload())
 	if stream.MaxMsgSize >= 0 {
 		ch.limit = min(ch.limit, stream.MaxMsgSize)
@@ -406,7 +404,8 @@ func (ch *Chain) append(index uint64, e *outbox.Event, size int) uint64 {
 	return number
 }
 
-// place gives the event its place in the chain, and its answer a subject. ch.mu is held.
+// place gives the event its place in the chain, and its answer a subject. Those from
+// ch.named on are placed one behind the other, the last one at ch.next. ch.mu is held.
 func (ch *Chain) place(number uint64, now time.Time) (to reply, sequence uint64) {
 	en := ch.at(number)
 	ch.next++
@@ -415,9 +414,9 @@ func (ch *Chain) place(number uint64, now time.Time) (to reply, sequence uint64)
 	en.copies++
 	ch.unanswered++
 	ch.quiet = now
-	to = reply{generation: ch.generation, number: number, named: number < ch.named}
+	to = reply{generation: ch.generation, number: number, named: ch.replicated || ch.probing || number < ch.named}
 	if !to.named {
-		en.pending = true
+		en.nameless = true
 		ch.pending++
 	}
 	return to, en.sequence
@@ -448,67 +447,81 @@ func (ch *Chain) answer(msg *nats.Msg) {
 	switch {
 	case to.named && (to.number < ch.head || to.number >= ch.tail):
 		return
-	case !to.named && !latest: // nobody knows any more which copy it was
-		return
 	case err != nil: // not an answer of the stream: the copy stays unknown
-		ch.breakWith(reason, err)
+		if to.named || latest {
+			ch.breakWith(reason, err)
+		}
 		return
 	}
 	ch.quiet, ch.heard = now, now
-	if to.named {
-		ch.answered(ch.at(to.number))
-		if latest {
-			ch.take(ch.at(to.number), a)
-		}
-	} else {
+	switch {
+	case to.named:
+		ch.takeNamed(ch.at(to.number), a, latest)
+	case latest:
 		ch.takeNameless(a)
+	case a.code != 0 || a.duplicate: // nobody knows any more which copy it was
+		ch.doubt = max(ch.doubt, ch.named)
 	}
 	ch.changed.Broadcast()
 }
 
 // answered notes that a copy of the event is. ch.mu is held.
 func (ch *Chain) answered(en *entry) {
-	en.pending = false
 	if en.copies > 0 {
 		en.copies--
 		ch.unanswered--
 	}
 }
 
-// takeNameless judges an answer on the reply subject of all. ch.mu is held.
+// takeNamed judges an answer to a copy of the event, the latest one or one before: had
+// that been stored, its message is the event's even when it is gone. ch.mu is held.
+func (ch *Chain) takeNamed(en *entry, a ack, latest bool) {
+	ch.answered(en)
+	_, err := ch.complaint(a, a.sequence)
+	switch {
+	case latest:
+		ch.take(en, a)
+	case err == nil && a.sequence > ch.last:
+		en.twin = a.sequence
+	}
+}
+
+// takeNameless judges an answer to a nameless copy of this generation. ch.mu is held.
 func (ch *Chain) takeNameless(a ack) {
 	if string(a.stream) == ch.stream.Name {
 		ch.pending--
 	}
 	number, ok := ch.expecting(a)
 	switch {
-	case !ok:
-		ch.refusals = true
-		ch.take(&entry{}, a) // whose it is will be known when it comes again
+	case !ok: // whose it is will be known when it comes again
+		ch.doubt = ch.tail
+		ch.breakWith(ch.complaint(a, 0))
 	case number >= ch.head:
 		en := ch.at(number)
+		en.nameless = false
 		ch.answered(en)
 		ch.take(en, a)
 	}
-	if ch.refusals && ch.pending == 0 { // whichever of them was refused: all were answered
-		for n := ch.head; n < ch.tail; n++ {
-			if en := ch.at(n); en.pending {
-				ch.answered(en)
-			}
+	if ch.broken == nil || ch.pending != 0 {
+		return
+	}
+	for n := max(ch.head, ch.named); n < ch.tail; n++ { // whichever were refused: all are answered
+		if en := ch.at(n); en.nameless {
+			en.nameless = false
+			ch.answered(en)
 		}
 	}
 }
 
-// expecting returns the event that a good ack on the reply subject of all answers. A
-// copy that is stored is the one that could be: it alone follows the sequence before.
-// What a duplicate is stored at was never asked for. ch.mu is held.
+// expecting returns the event that a good ack without a name answers. A copy that is
+// stored is the one that could be: it alone follows the sequence before. What a
+// duplicate is stored at was never asked for. ch.mu is held.
 func (ch *Chain) expecting(a ack) (number uint64, ok bool) {
-	if a.code != 0 || a.duplicate || string(a.stream) != ch.stream.Name {
+	if _, err := ch.complaint(a, a.sequence); err != nil || a.duplicate || a.sequence > ch.next {
 		return 0, false
 	}
-	// Events from named on were placed one behind the other, the last one at next.
 	back := ch.next - a.sequence
-	if a.sequence > ch.next || back >= ch.tail-ch.named {
+	if back >= ch.tail-ch.named {
 		return 0, false
 	}
 	return ch.tail - 1 - back, true
@@ -516,22 +529,33 @@ func (ch *Chain) expecting(a ack) (number uint64, ok bool) {
 
 // take judges an answer to the latest copy of an event. ch.mu is held.
 func (ch *Chain) take(en *entry, a ack) {
+	if reason, err := ch.complaint(a, en.sequence); err != nil {
+		switch {
+		case a.permanent():
+			en.refused = fmt.Sprintf("the stream refuses it: %s (JetStream error %d)", a.text, a.code)
+		case reason == Duplicate:
+			en.twin = a.sequence
+		}
+		ch.breakWith(reason, err)
+		return
+	}
+	en.stored = true
+	ch.probing = false
+	ch.pop()
+}
+
+// complaint says what is wrong with the answer to a message that was to be stored at
+// the sequence.
+func (ch *Chain) complaint(a ack, sequence uint64) (Reason, error) {
 	switch {
 	case a.code != 0:
-		if a.permanent() {
-			en.refused = fmt.Sprintf("the stream refuses it: %s (JetStream error %d)", a.text, a.code)
-		}
-		ch.breakWith(a.reason(), fmt.Errorf("the stream refuses a message: %s (JetStream error %d)", a.text, a.code))
+		return a.reason(), fmt.Errorf("the stream refuses a message: %s (JetStream error %d)", a.text, a.code)
 	case string(a.stream) != ch.stream.Name:
-		ch.breakWith(Misrouted, fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name))
-	case a.sequence != en.sequence:
-		en.twin = a.sequence
-		ch.breakWith(Duplicate, fmt.Errorf("a message is stored at sequence %d, where it was not expected", a.sequence))
-	default:
-		en.stored = true
-		ch.probing = false
-		ch.pop()
+		return Misrouted, fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name)
+	case a.sequence != sequence:
+		return Duplicate, fmt.Errorf("a message is stored at sequence %d, where it was not expected", a.sequence)
 	}
+	return "", nil
 }
 
 // pop lets the stored events at the head go. ch.mu is held.

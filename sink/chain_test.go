@@ -147,7 +147,8 @@ func chainConfig(server string, replicas int) Config {
 	return config
 }
 
-// The acks of one server come on one subject, those of several on one for each event.
+// The acks of one server come on one subject but for the first event, which is sent
+// alone; those of several on one for each event.
 func TestSubjectsOfAcks(t *testing.T) {
 	const events = 200
 	binary := testenv.NATSBinary(t, "")
@@ -156,7 +157,7 @@ func TestSubjectsOfAcks(t *testing.T) {
 		server   string
 		replicas int
 		want     int
-	}{"one server": {single.URL(), 1, 1}, "three replicas": {cluster.URL(), 3, events}} {
+	}{"one server": {single.URL(), 1, 2}, "three replicas": {cluster.URL(), 3, events}} {
 		t.Run(name, func(t *testing.T) {
 			client := connectTo(t, chainConfig(c.server, c.replicas))
 			testenv.Eventually(t, "JetStream", func() bool {
@@ -328,7 +329,6 @@ func TestNamelessAnswers(t *testing.T) {
 			r := resyncer{Chain: chain}
 			r.mu.Lock()
 			defer r.mu.Unlock()
-			r.doubt()
 			doubtful, copies := 0, 0
 			for n, event := range r.candidates() {
 				copies += r.at(r.head + uint64(n)).copies
@@ -344,5 +344,56 @@ func TestNamelessAnswers(t *testing.T) {
 				t.Errorf("broken: %v, want %q", chain.broken, c.broken)
 			}
 		})
+	}
+}
+
+// Answers to copies that were sent again meanwhile: a refusal without a name may be that
+// of any of them; where a named one was stored, its message is the event's.
+func TestLateAnswers(t *testing.T) {
+	const refusal = `{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 1"},"stream":"EVENTS","seq":0}`
+	server := testenv.NATS(t, testenv.NATSOptions{})
+	client := connectTo(t, chainConfig(server.URL(), 1))
+	stream, err := client.OpenStream(t.Context(), client.config.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})
+	chain.broken = nil
+	chain.append(0, event(), event().Size())
+	r := resyncer{Chain: chain}
+	answer := func(to reply, data string) {
+		chain.heard = time.Time{}
+		chain.answer(&nats.Msg{Subject: string(to.append(nil, chain.inbox)), Data: []byte(data)})
+		if chain.heard.IsZero() {
+			t.Error("an answer was not heard")
+		}
+	}
+	require := func(what string, maybe, doubtful bool) {
+		t.Helper()
+		if got := r.candidates()[0]; got.maybe != maybe || got.doubtful != doubtful {
+			t.Errorf("%s: maybe stored %v, in doubt %v; want %v, %v", what, got.maybe, got.doubtful, maybe, doubtful)
+		}
+	}
+	sendAgain := func() reply {
+		chain.generation++
+		chain.named, chain.pending, chain.next = chain.tail, 0, 0
+		to, _ := chain.place(0, time.Now())
+		return to
+	}
+
+	nameless, _ := chain.place(0, time.Now())
+	require("sent", true, false)
+	named := sendAgain()
+	answer(nameless, refusal)
+	require("sent again, and the first copy was perhaps refused", true, false)
+	answer(named, refusal)
+	require("the second copy was refused, too", true, true)
+
+	named = sendAgain()
+	sendAgain()
+	answer(named, `{"stream":"EVENTS","seq":1}`)
+	tail := r.unknown([]message{{sequence: 1, gone: true}})
+	if tail[0].gone || tail[0].id != string(event().ID) {
+		t.Errorf("message 1 is not the event's: %+v", tail[0])
 	}
 }

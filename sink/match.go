@@ -1,6 +1,9 @@
 package sink
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // candidate is an event that may stand in the tail of the stream.
 type candidate struct {
@@ -30,6 +33,7 @@ type AmbiguousError struct {
 	First  uint64 // of the sequences that are gone
 	Last   uint64
 	Reason string
+	doubt  bool // it depends on which events were refused, which no other session can tell
 }
 
 func (e *AmbiguousError) Error() string {
@@ -94,19 +98,17 @@ func (v *verdict) place(places []int) int {
 // them they were overtaken.
 func (v *verdict) before(events []candidate, i int, gone []message) *AmbiguousError {
 	var maybe []int
-	doubt := false
 	for k := v.proved; k < i; k++ {
 		if events[k].maybe {
 			maybe = append(maybe, k)
-			doubt = doubt || events[k].doubtful
 		}
 	}
 	switch {
 	case len(gone) == 0:
 	case len(maybe) == 0:
 		v.lost += len(gone)
-	case doubt:
-		return ambiguous(gone, fmt.Sprintf("events before %s, which is stored, may have been refused", events[i].id))
+	case slices.ContainsFunc(events[v.proved:i], candidate.inDoubt):
+		return doubted(gone, events[v.proved:i])
 	case len(gone) != len(maybe):
 		return ambiguous(gone, fmt.Sprintf("event %s, which is stored, follows %d events that may have been stored there", events[i].id, len(maybe)))
 	default:
@@ -122,13 +124,12 @@ func (v *verdict) trailing(events []candidate, gone []message, foreign bool) *Am
 	if len(gone) == 0 {
 		return nil
 	}
-	maybe, doubt := 0, false
+	maybe := 0
 	for _, event := range events[v.proved:] {
 		if !event.maybe {
 			break
 		}
 		maybe++
-		doubt = doubt || event.doubtful
 	}
 	switch {
 	case maybe == 0:
@@ -136,8 +137,8 @@ func (v *verdict) trailing(events []candidate, gone []message, foreign bool) *Am
 		return nil
 	case foreign:
 		return ambiguous(gone, "other messages than this relay's were seen in the stream")
-	case doubt:
-		return ambiguous(gone, fmt.Sprintf("event %s may have been refused", events[v.proved].id))
+	case slices.ContainsFunc(events[v.proved:v.proved+maybe], candidate.inDoubt):
+		return doubted(gone, events[v.proved:])
 	case len(gone) > maybe:
 		return ambiguous(gone, fmt.Sprintf("only %d events can have been stored there", maybe))
 	}
@@ -146,6 +147,16 @@ func (v *verdict) trailing(events []candidate, gone []message, foreign bool) *Am
 		v.proved++
 	}
 	return nil
+}
+
+func (c candidate) inDoubt() bool { return c.maybe && c.doubtful }
+
+// doubted names the first of the events that may have been refused.
+func doubted(gone []message, events []candidate) *AmbiguousError {
+	first := slices.IndexFunc(events, candidate.inDoubt)
+	err := ambiguous(gone, fmt.Sprintf("event %s was stored there or refused, and the answer to it was lost", events[first].id))
+	err.doubt = true
+	return err
 }
 
 func ambiguous(gone []message, reason string) *AmbiguousError {

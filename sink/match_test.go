@@ -97,6 +97,9 @@ func TestMatch(t *testing.T) {
 				if !errors.As(err, &ambiguity) || ambiguity.Reason == "" {
 					t.Errorf("no reason: %v", err)
 				}
+				if ambiguity.doubt != strings.Contains(c.events, "~") {
+					t.Errorf("in doubt: %v", ambiguity.doubt)
+				}
 				return
 			}
 			if !maps.Equal(v.stored, c.stored) || v.proved != c.proved || len(v.foreign) != c.foreign || v.lost != c.lost {

@@ -215,7 +215,6 @@ func (r *resyncer) account(ctx context.Context, stream Stream) (again bool, err 
 	r.mu.Lock()
 	base := r.head
 	tail = r.unknown(tail)
-	r.doubt()
 	v, ambiguity := match(tail, r.candidates(), r.foreign)
 	late := r.unanswered > 0
 	r.mu.Unlock()
@@ -223,7 +222,7 @@ func (r *resyncer) account(ctx context.Context, stream Stream) (again bool, err 
 	switch {
 	case len(v.foreign) > 0:
 		return false, fmt.Errorf("%w: %d of them from sequence %d on", ErrStrangers, len(v.foreign), v.foreign[0].sequence)
-	case ambiguity != nil && r.young(): // more than the window may have landed
+	case ambiguity != nil && !ambiguity.doubt && r.young(): // more than the window may have landed
 		return false, fmt.Errorf("%w: from sequence %d on, and they are gone", ErrStrangers, ambiguity.First)
 	}
 	if v.lost > 0 && late && !r.shiftWaited {
@@ -276,22 +275,14 @@ func (r *resyncer) unknown(tail []message) []message {
 	return tail
 }
 
-// doubt marks the events of which nobody knows whether they were refused: some were,
-// by answers that named none, and others have not been answered. r.mu is held.
-func (r *resyncer) doubt() {
-	for n := r.head; n < r.tail && r.refusals; n++ {
-		en := r.at(n)
-		en.doubtful = en.doubtful || en.pending
-	}
-}
-
 // candidates lists the window. r.mu is held.
 func (r *resyncer) candidates() []candidate {
 	events := make([]candidate, 0, r.tail-r.head)
 	for n := r.head; n < r.tail; n++ {
 		en := r.at(n)
 		events = append(events, candidate{
-			id: en.event.MessageID(), maybe: en.copies > 0 || en.stored || r.inherited(en), doubtful: en.doubtful && !en.stored,
+			id: en.event.MessageID(), maybe: en.copies > 0 || en.stored || r.inherited(en),
+			doubtful: en.nameless && n < r.doubt && en.copies == 1 && !en.stored,
 		})
 	}
 	return events
@@ -375,14 +366,13 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.generation++
-	r.named, r.pending, r.refusals = max(r.named, r.tail), 0, false
+	r.named, r.pending = r.tail, 0
 	r.next = r.last // acks may have come since the stream was looked at
 	r.probing = false
 	r.broken = nil // an answer to what is sent now may break the chain again
 	r.takeConfig(stream)
 	for n := r.head; n < r.tail && r.broken == nil; n++ {
 		en := r.at(n)
-		en.pending = false
 		if en.stored {
 			continue
 		}
