@@ -473,8 +473,9 @@ func (ch *Chain) answered(en *entry) {
 	}
 }
 
-// takeNamed judges an answer to a copy of the event, the latest one or one before: had
-// that been stored, its message is the event's even when it is gone. ch.mu is held.
+// takeNamed judges an answer to a copy of the event. Where one that was sent again
+// meanwhile has been stored, its message is known for the event's, even when it is gone.
+// ch.mu is held.
 func (ch *Chain) takeNamed(en *entry, a ack, latest bool) {
 	ch.answered(en)
 	_, err := ch.complaint(a, a.sequence)
