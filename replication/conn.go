@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"strconv"
 	"strings"
@@ -15,7 +14,6 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/jackc/pgx/v5/pgproto3"
 
 	"outbox-relay/internal/lsn"
 	"outbox-relay/replication/pace"
@@ -40,14 +38,12 @@ var ErrSlotInUse = errors.New("the slot is in use")
 // Conn is a replication connection before it streams. It has one owner.
 type Conn struct {
 	pg *pgconn.PgConn
-	r  *pace.Reader
 }
 
 // Connect opens a replication connection to the database of config, which is
 // not changed. The session is pinned to what the decoder expects, whatever the
 // role's or the database's defaults are.
 func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
-	c := &Conn{}
 	config = config.Copy()
 	for name, value := range map[string]string{
 		"replication":         "database",
@@ -66,16 +62,11 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 		config.RuntimeParams[name] = value
 	}
 	config.DialFunc, config.ConnectTimeout = dialWalsender, cmp.Or(config.ConnectTimeout, ConnectTimeout)
-	config.BuildFrontend = func(r io.Reader, w io.Writer) *pgproto3.Frontend {
-		c.r = pace.NewReader(r, w)
-		return pgproto3.NewFrontend(c.r, w)
-	}
 	pg, err := pgconn.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, err
 	}
-	c.pg = pg
-	return c, nil
+	return &Conn{pg}, nil
 }
 
 // ConnectTimeout bounds connecting to one host where the URL does not: a server
@@ -94,13 +85,13 @@ func Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	return dialer.DialContext(ctx, network, address)
 }
 
-// dialWalsender dials for a paced reader.
+// dialWalsender dials a connection that is read at the walsender's pace.
 func dialWalsender(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := Dial(ctx, network, address)
-	if err == nil {
-		pace.FixBuffer(conn)
+	if err != nil {
+		return nil, err
 	}
-	return conn, err
+	return pace.NewConn(conn), nil
 }
 
 // System is what IDENTIFY_SYSTEM tells.

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"outbox-relay/replication/pace"
 )
 
 // A host that vanishes while something is under way is noticed by the kernel's
@@ -39,6 +41,9 @@ func dialedOption(t *testing.T, dial pgconn.DialFunc, level, option int) int {
 		t.Fatal(err)
 	}
 	defer conn.Close()
+	if paced, ok := conn.(*pace.Conn); ok {
+		conn = paced.Conn
+	}
 	raw, err := conn.(*net.TCPConn).SyscallConn()
 	if err != nil {
 		t.Fatal(err)

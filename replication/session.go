@@ -13,6 +13,8 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
+
+	"outbox-relay/replication/pace"
 )
 
 // statusInterval keeps an idle or stalled session alive; confirmInterval
@@ -127,7 +129,7 @@ func (s *Session) Run(ctx context.Context, handler Handler) error {
 
 	// The read itself has no context: a deadline for each message would cost
 	// more than decoding it.
-	s.conn.r.Idle = handler.Idle
+	pace.Below(s.conn.pg.Conn()).Idle = handler.Idle
 	interrupt := context.AfterFunc(ctx, func() { _ = s.conn.pg.Conn().SetReadDeadline(time.Unix(1, 0)) })
 	defer interrupt()
 	err := s.read(handler)

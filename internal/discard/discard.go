@@ -57,16 +57,24 @@ func (p pausing) Read(b []byte) (int, error) {
 	return p.Reader.Read(b)
 }
 
-// reader reads what comes on a connection; w writes to it.
-func (p Pace) reader(r io.Reader, w io.Writer) io.Reader {
+// dial makes a connection that is read at that pace.
+func (p Pace) dial(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
+	if err == nil && p == Undisturbed {
+		conn = pace.NewConn(conn)
+	}
+	return conn, err
+}
+
+// frontend reads what comes on a connection; w writes to it.
+func (p Pace) frontend(r io.Reader, w io.Writer) *pgproto3.Frontend {
 	switch p {
 	case Waiting:
-		return bufio.NewReaderSize(r, oneRead)
+		r = bufio.NewReaderSize(r, oneRead)
 	case Pausing:
-		return bufio.NewReaderSize(pausing{r}, oneRead)
-	default:
-		return pace.NewReader(r, w)
+		r = bufio.NewReaderSize(pausing{r}, oneRead)
 	}
+	return pgproto3.NewFrontend(r, w)
 }
 
 // options are those of the relay.
@@ -158,16 +166,7 @@ func (r Reading) connect(ctx context.Context) (*pgconn.PgConn, error) {
 	for name, value := range r.Parameters {
 		config.RuntimeParams[name] = value
 	}
-	config.DialFunc = func(ctx context.Context, network, address string) (net.Conn, error) {
-		conn, err := (&net.Dialer{}).DialContext(ctx, network, address)
-		if err == nil && r.Pace == Undisturbed {
-			pace.FixBuffer(conn)
-		}
-		return conn, err
-	}
-	config.BuildFrontend = func(from io.Reader, to io.Writer) *pgproto3.Frontend {
-		return pgproto3.NewFrontend(r.Pace.reader(from, to), to)
-	}
+	config.DialFunc, config.BuildFrontend = r.Pace.dial, r.Pace.frontend
 	return pgconn.ConnectConfig(ctx, config)
 }
 

@@ -2,7 +2,7 @@
 package pace
 
 import (
-	"io"
+	"crypto/tls"
 	"net"
 	"time"
 )
@@ -25,18 +25,20 @@ const (
 	receiveBuffer = 64 << 10
 )
 
-// Reader buffers reads and, under load only, waits a little before it reads again. A
-// reader that always waits on the socket makes the walsender wake it for every message
-// it sends, which halves the walsender.
+// Conn is a connection to a walsender. It buffers reads and, under load only, waits a
+// little before it reads again. A reader that always waits on the socket makes the
+// walsender wake it for every message it sends, which halves the walsender.
 //
 // So does a reader whose receive buffer has room for every message: each goes through
 // TCP by itself. Where there is none it is only appended to what waits already. With a
 // backlog within a machine the buffer is therefore left full for a while, and then all
 // is read that has gathered behind it. docs/performance.md has the figures.
-type Reader struct {
-	Idle func() // called before each read
+//
+// It belongs below TLS, which reads one message of the walsender at a time.
+type Conn struct {
+	net.Conn
+	Idle func() // called before each read from the socket
 
-	r          io.Reader
 	near       bool // within this machine, with a receive buffer that does not grow
 	buf        []byte
 	begin, end int
@@ -49,50 +51,53 @@ type Reader struct {
 	gained int           // bytes read in it
 }
 
-// NewReader returns a Reader of r, which reads what comes on a connection that
-// FixBuffer has prepared; w writes to it.
-func NewReader(r io.Reader, w io.Writer) *Reader {
-	conn, ok := w.(net.Conn)
-	return &Reader{Idle: func() {}, r: r, near: ok && isNear(conn), buf: make([]byte, readBuffer), pause: loadPause}
-}
-
-// FixBuffer fixes the receive buffer of a connection within this machine: by itself it
-// grows, and is never full then. Over a network the buffer has to hold what is under
-// way, and stays as it is.
-func FixBuffer(conn net.Conn) {
-	if tcp, ok := conn.(*net.TCPConn); ok && isNear(conn) {
+// NewConn returns a Conn over a connection that was just made. Within this machine its
+// receive buffer is fixed: by itself it grows, and is never full then. Over a network it
+// has to hold what is under way, and stays as it is.
+func NewConn(conn net.Conn) *Conn {
+	near := isNear(conn)
+	if tcp, ok := conn.(*net.TCPConn); ok && near {
 		_ = tcp.SetReadBuffer(receiveBuffer) // without it, it is slower
 	}
+	return &Conn{Conn: conn, Idle: func() {}, near: near, buf: make([]byte, readBuffer), pause: loadPause}
+}
+
+// Below returns the Conn that conn is, or that is below its TLS.
+func Below(conn net.Conn) *Conn {
+	if secured, ok := conn.(*tls.Conn); ok {
+		conn = secured.NetConn()
+	}
+	return conn.(*Conn)
 }
 
 // isNear reports whether a connection is one by TCP within this machine. A Unix socket
-// makes its sender wait after a few hundred messages, and is not to be left alone.
+// makes its sender wait after 100 to 300 messages (tried), and is not to be left alone.
 func isNear(conn net.Conn) bool {
 	address, ok := conn.RemoteAddr().(*net.TCPAddr)
 	return ok && address.IP.IsLoopback()
 }
 
 // Read returns what is buffered, else what one read brings.
-func (p *Reader) Read(dst []byte) (int, error) {
-	if p.begin == p.end {
-		if err := p.fill(); err != nil {
+func (c *Conn) Read(dst []byte) (int, error) {
+	if c.begin == c.end {
+		if err := c.fill(); err != nil {
 			return 0, err
 		}
 	}
-	n := copy(dst, p.buf[p.begin:p.end])
-	p.begin += n
+	n := copy(dst, c.buf[c.begin:c.end])
+	c.begin += n
 	return n, nil
 }
 
-func (p *Reader) fill() error {
-	p.Idle()
-	if p.busy && !p.more {
-		nap(p.pause)
+func (c *Conn) fill() error {
+	c.Idle()
+	if c.busy && !c.more {
+		nap(c.pause)
 	}
-	n, err := p.r.Read(p.buf)
-	p.begin, p.end = 0, n
-	p.measure(n, time.Now())
-	p.adapt(n)
+	n, err := c.Conn.Read(c.buf)
+	c.begin, c.end = 0, n
+	c.measure(n, time.Now())
+	c.adapt(n)
 	if n > 0 {
 		return nil
 	}
@@ -100,25 +105,25 @@ func (p *Reader) fill() error {
 }
 
 // measure decides, once a window, whether there is load, and a backlog.
-func (p *Reader) measure(n int, now time.Time) {
-	p.gained += n
-	elapsed := now.Sub(p.since)
+func (c *Conn) measure(n int, now time.Time) {
+	c.gained += n
+	elapsed := now.Sub(c.since)
 	if elapsed < paceWindow {
 		return
 	}
-	p.busy = float64(p.gained) > busyRate*elapsed.Seconds()
-	p.deep = p.near && float64(p.gained) > deepRate*elapsed.Seconds()
-	p.since, p.gained = now, 0
+	c.busy = float64(c.gained) > busyRate*elapsed.Seconds()
+	c.deep = c.near && float64(c.gained) > deepRate*elapsed.Seconds()
+	c.since, c.gained = now, 0
 }
 
 // adapt sets the pause after a read of n bytes. That of a backlog doubles whenever all
 // was read, so that what comes behind a mere burst does not wait long.
-func (p *Reader) adapt(n int) {
-	p.more = p.deep && n >= drained
+func (c *Conn) adapt(n int) {
+	c.more = c.deep && n >= drained
 	switch {
-	case !p.deep:
-		p.pause = loadPause
-	case !p.more:
-		p.pause = min(2*p.pause, longPause)
+	case !c.deep:
+		c.pause = loadPause
+	case !c.more:
+		c.pause = min(2*c.pause, longPause)
 	}
 }

@@ -2,6 +2,7 @@ package pace
 
 import (
 	"bytes"
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -9,13 +10,15 @@ import (
 	"testing"
 	"testing/iotest"
 	"time"
+
+	"outbox-relay/internal/testenv"
 )
 
 // The pace is a matter of load only: bytes in a window, not the size of a read.
 func TestPaceFollowsTheLoad(t *testing.T) {
 	const heavy = int(busyRate / 1000 * 2) // bytes a millisecond, at twice the rate that counts as load
 	now := time.Unix(1, 0)
-	p := NewReader(nil, nil)
+	p := NewConn(reading{})
 	play := func(reads, bytes int, apart time.Duration) bool {
 		for range reads {
 			now = now.Add(apart)
@@ -43,7 +46,7 @@ func TestPaceFollowsTheLoad(t *testing.T) {
 // A backlog is left alone for ever longer, and then read without a pause until all is
 // read; under load there is always loadPause.
 func TestPausesOfABacklog(t *testing.T) {
-	p := NewReader(nil, nil)
+	p := NewConn(reading{})
 	read := func(reads, bytes int) (more bool, pause time.Duration) {
 		for range reads {
 			p.adapt(bytes)
@@ -87,7 +90,7 @@ func TestBacklogsOfOthers(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		p := NewReader(conn, conn)
+		p := NewConn(conn)
 		p.since = time.Unix(1, 0)
 		p.measure(1<<30, p.since.Add(paceWindow))
 		if !p.busy || p.deep != c.near {
@@ -96,13 +99,68 @@ func TestBacklogsOfOthers(t *testing.T) {
 	}
 }
 
+// TLS reads one record at a time, and the walsender makes one of each message: those
+// that have arrived come by one read all the same.
+func TestManyRecordsComeByOneRead(t *testing.T) {
+	const records = 1000
+	authority := testenv.NewAuthority(t)
+	listener, err := tls.Listen("tcp", "127.0.0.1:0", &tls.Config{Certificates: []tls.Certificate{authority.Issue("server")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer listener.Close()
+	written := make(chan error, 1)
+	go func() {
+		conn, err := listener.Accept()
+		for range records {
+			if err == nil {
+				_, err = conn.Write([]byte("a message"))
+			}
+		}
+		written <- err
+	}()
+	socket, err := net.Dial("tcp", listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	paced := NewConn(socket)
+	reads := 0
+	paced.Idle = func() { reads++ }
+	conn := tls.Client(paced, &tls.Config{RootCAs: authority.Pool(), ServerName: "localhost"})
+	if err := conn.Handshake(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-written; err != nil {
+		t.Fatal(err)
+	}
+	if Below(conn) != paced || Below(paced) != paced {
+		t.Error("the Conn below TLS is another one")
+	}
+	if _, err := io.ReadFull(conn, make([]byte, records*len("a message"))); err != nil {
+		t.Fatal(err)
+	}
+	if reads > records/10 {
+		t.Errorf("%d reads for %d records", reads, records)
+	}
+}
+
+// reading is a connection of which only reads are used.
+type reading struct {
+	net.Conn
+	io.Reader
+}
+
+func (r reading) Read(b []byte) (int, error) { return r.Reader.Read(b) }
+func (reading) RemoteAddr() net.Addr         { return nil }
+
 // Whatever the buffer, the pace and the size of the reads: the bytes come as
 // they were, then the error.
-func TestPacedReaderKeepsTheBytes(t *testing.T) {
+func TestConnKeepsTheBytes(t *testing.T) {
 	want := bytes.Repeat([]byte("0123456789"), 300_000)
 	broken := errors.New("cut")
 	idles := 0
-	p := NewReader(iotest.HalfReader(io.MultiReader(bytes.NewReader(want), iotest.ErrReader(broken))), nil)
+	p := NewConn(reading{Reader: iotest.HalfReader(io.MultiReader(bytes.NewReader(want), iotest.ErrReader(broken)))})
 	p.Idle = func() { idles++ }
 	got, err := io.ReadAll(p)
 	if !errors.Is(err, broken) || !bytes.Equal(got, want) {
