@@ -478,11 +478,10 @@ func (ch *Chain) answered(en *entry) {
 // ch.mu is held.
 func (ch *Chain) takeNamed(en *entry, a ack, latest bool) {
 	ch.answered(en)
-	_, err := ch.complaint(a, a.sequence)
 	switch {
 	case latest:
 		ch.take(en, a)
-	case err == nil && a.sequence > ch.last:
+	case ch.good(a) && a.sequence > ch.last:
 		en.twin = a.sequence
 	}
 }
@@ -518,7 +517,7 @@ func (ch *Chain) takeNameless(a ack) {
 // stored is the one that could be: it alone follows the sequence before. What a
 // duplicate is stored at was never asked for. ch.mu is held.
 func (ch *Chain) expecting(a ack) (number uint64, ok bool) {
-	if _, err := ch.complaint(a, a.sequence); err != nil || a.duplicate || a.sequence > ch.next {
+	if !ch.good(a) || a.duplicate || a.sequence > ch.next {
 		return 0, false
 	}
 	back := ch.next - a.sequence
@@ -544,6 +543,9 @@ func (ch *Chain) take(en *entry, a ack) {
 	ch.probing = false
 	ch.pop()
 }
+
+// good reports whether the answer says that our stream has the message.
+func (ch *Chain) good(a ack) bool { return a.code == 0 && string(a.stream) == ch.stream.Name }
 
 // complaint says what is wrong with the answer to a message that was to be stored at
 // the sequence.

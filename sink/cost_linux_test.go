@@ -65,7 +65,7 @@ func BenchmarkPublish(b *testing.B) {
 		b.Run(mode.name, func(b *testing.B) {
 			config := Config{Servers: []string{server.URL()}, Stream: owner, Message: messageConfig, MaxInflight: 8192, MaxBytes: 64 << 20}
 			config.Stream.Create, config.Message.CloudEvents = true, mode.cloudEvents
-			chain, stop := runChain(b, connectTo(b, config), Heritage{})
+			chain, stop := runChain(b, connectTo(b, config), Heritage{}, indifferent{})
 			e, ids := typical(), fmt.Sprint(mode.name, b.N, "-") // no duplicates
 			b.ReportAllocs()
 			b.ResetTimer()

@@ -1,7 +1,6 @@
 package sink
 
 import (
-	"context"
 	"testing"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -64,22 +63,13 @@ func TestReasons(t *testing.T) {
 	} {
 		t.Run(string(want), func(t *testing.T) {
 			server := testenv.NATS(t, testenv.NATSOptions{})
-			config := Config{Servers: []string{server.URL()}, Stream: owner, MaxInflight: 100, MaxBytes: 1 << 20,
-				Message: MessageConfig{Subject: []Token{{Literal: "events"}, {Column: "aggregate_type"}, {Column: "event_type"}}}}
-			config.Stream.Create = true
-			client := connectTo(t, config)
-			stream, err := client.OpenStream(t.Context(), config.Stream)
-			if err != nil {
-				t.Fatal(err)
-			}
+			client := connectTo(t, chainConfig(server.URL(), 1))
 			outcomes := &noting{reasons: make(chan Reason, 1)}
-			chain := client.NewChain(Origin{Stream: stream, Message: config.Message}, outcomes)
-			ctx, cancel := context.WithCancel(t.Context())
-			ended := make(chan error, 1)
-			go func() { ended <- chain.Run(ctx) }()
+			chain, stop := runChain(t, client, Heritage{}, outcomes)
 			testenv.Eventually(t, "the chain to begin", func() bool { return chain.Broken() == nil })
 
 			b := &broker{T: t, server: server}
+			var err error
 			b.js, err = jetstream.New(client.nc)
 			b.must(err)
 			meddle(b)
@@ -90,8 +80,7 @@ func TestReasons(t *testing.T) {
 			if got := <-outcomes.reasons; got != want {
 				t.Errorf("the chain broke for %s", got)
 			}
-			cancel()
-			<-ended
+			_ = stop() // the chain's end is not what is looked at
 		})
 	}
 	if len(Reasons) != len(events) {

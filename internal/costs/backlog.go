@@ -53,6 +53,24 @@ func (d *database) writeBacklog(ctx context.Context, b backlog) error {
 	return err
 }
 
+// piledUp is a new database with so many slots and the backlog behind them; prepare is
+// SQL to run before.
+func (s *server) piledUp(ctx context.Context, prepare string, slots int, b backlog) (*database, error) {
+	d, err := s.migrated(ctx, prepare)
+	if err != nil {
+		return nil, err
+	}
+	for i := range slots {
+		if err := d.createSlot(ctx, d.slot(i)); err != nil {
+			return nil, errors.Join(err, s.drop(ctx, d))
+		}
+	}
+	if err := d.writeBacklog(ctx, b); err != nil {
+		return nil, errors.Join(err, s.drop(ctx, d))
+	}
+	return d, nil
+}
+
 // slot is unique in the cluster.
 func (d *database) slot(number int) string {
 	return fmt.Sprintf("%s_%d", d.sql.Config().Database, number)

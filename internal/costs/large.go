@@ -45,19 +45,11 @@ type largeCosts struct{ wait, rate, ratio, cpu, memory, spilled spread }
 // readLarge lets each setting read the same transaction, in an order that moves on
 // each round.
 func (s *server) readLarge(ctx context.Context, round, events int, all []largeCosts) (err error) {
-	d, err := s.migrated(ctx, ``)
+	d, err := s.piledUp(ctx, ``, len(memories), backlog{transactions: 1, events: events, tables: outboxOnly})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.drop(ctx, d)) }()
-	for i := range memories {
-		if err := d.createSlot(ctx, d.slot(i)); err != nil {
-			return err
-		}
-	}
-	if err := d.writeBacklog(ctx, backlog{transactions: 1, events: events, tables: outboxOnly}); err != nil {
-		return err
-	}
 	took := make([]float64, len(memories))
 	for i := range memories {
 		i = (i + round) % len(memories)

@@ -1,10 +1,9 @@
 // Costs measures what the outbox costs Postgres: recording outcomes in each mode,
 // with and without HOT updates, what retention does to writers, what the walsender
 // uses by publication and options, by its reader, for large transactions and for each
-// more slot, and what an insert is made of. It uses the relay's own statements on a throw-away
-// Postgres, and compares within one
-// run only: rounds alternate, and their medians count. Linux only, for it reads
-// the CPU time of backends from /proc.
+// more slot, and what an insert is made of. It uses the relay's own statements on a
+// throw-away Postgres, and compares within one run only: rounds alternate, and their
+// medians count. Linux only, for it reads the CPU time of backends from /proc.
 //
 //	POSTGRES_VERSION=18 go run ./internal/costs recording
 //	POSTGRES_VERSION=18 go run ./internal/costs retention

@@ -62,20 +62,13 @@ func readers(ctx context.Context, args []string, out io.Writer) error {
 func (s *server) readAtEachPace(ctx context.Context, round, what, events int, all []sendings) (err error) {
 	b := reads[what]
 	events = events / b.share / b.perTransaction * b.perTransaction
-	d, err := s.migrated(ctx, ``)
+	d, err := s.piledUp(ctx, ``, len(paces), backlog{
+		transactions: events / b.perTransaction, events: b.perTransaction, tables: outboxOnly, text: b.text,
+	})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.drop(ctx, d)) }()
-	for i := range paces {
-		if err := d.createSlot(ctx, d.slot(i)); err != nil {
-			return err
-		}
-	}
-	err = d.writeBacklog(ctx, backlog{transactions: events / b.perTransaction, events: b.perTransaction, tables: outboxOnly, text: b.text})
-	if err != nil {
-		return err
-	}
 	figures := make([]discard.Figures, len(paces))
 	for i := range paces {
 		i = (i + round) % len(paces)

@@ -83,23 +83,15 @@ func (s *server) readSlots(ctx context.Context, round, events int, all []slotCos
 }
 
 func (s *server) readSlotCase(ctx context.Context, c slotCase, events int) (cpu, took time.Duration, err error) {
-	d, err := s.migrated(ctx, shardTables)
-	if err != nil {
-		return 0, 0, err
-	}
-	defer func() { err = errors.Join(err, s.drop(ctx, d)) }()
-	for i := range c.slots {
-		if err := d.createSlot(ctx, d.slot(i)); err != nil {
-			return 0, 0, err
-		}
-	}
 	b := backlog{transactions: events / 100, events: 100, tables: outboxOnly}
 	if c.sharded {
 		b.tables = shardNames(c.slots)
 	}
-	if err := d.writeBacklog(ctx, b); err != nil {
+	d, err := s.piledUp(ctx, shardTables, c.slots, b)
+	if err != nil {
 		return 0, 0, err
 	}
+	defer func() { err = errors.Join(err, s.drop(ctx, d)) }()
 	used := make([]time.Duration, c.slots)
 	var group errgroup.Group
 	began := time.Now()

@@ -105,19 +105,11 @@ func showSendings(out io.Writer, all map[string]*sendings) error {
 // send lets each reading have the same backlog, in an order that moves on each
 // round.
 func (s *server) send(ctx context.Context, round, events int, marked bool, all map[string]*sendings) (err error) {
-	d, err := s.migrated(ctx, publications)
+	d, err := s.piledUp(ctx, publications, len(readings), backlog{transactions: events / 100, events: 100, tables: outboxOnly, marked: marked})
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.drop(ctx, d)) }()
-	for i := range readings {
-		if err := d.createSlot(ctx, d.slot(i)); err != nil {
-			return err
-		}
-	}
-	if err := d.writeBacklog(ctx, backlog{transactions: events / 100, events: 100, tables: outboxOnly, marked: marked}); err != nil {
-		return err
-	}
 	figures := map[string]discard.Figures{}
 	for i := range readings {
 		i = (i + round) % len(readings)

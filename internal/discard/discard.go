@@ -13,7 +13,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/jackc/pglogrepl"
@@ -47,13 +46,11 @@ const (
 	oneRead = 1 << 20 // bytes
 )
 
-// pausing pauses before each read. Go's own timers would wait a millisecond in a
-// process that does nothing else; nanosleep is exact.
+// pausing pauses before each read.
 type pausing struct{ io.Reader }
 
 func (p pausing) Read(b []byte) (int, error) {
-	pause := syscall.NsecToTimespec(pileUp.Nanoseconds())
-	_ = syscall.Nanosleep(&pause, nil) // a signal may cut it short
+	pace.Nap(pileUp)
 	return p.Reader.Read(b)
 }
 

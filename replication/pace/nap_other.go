@@ -4,5 +4,5 @@ package pace
 
 import "time"
 
-// nap pauses for a part of a millisecond.
-func nap(d time.Duration) { time.Sleep(d) }
+// Nap pauses for a part of a millisecond.
+func Nap(d time.Duration) { time.Sleep(d) }

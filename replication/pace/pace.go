@@ -92,7 +92,7 @@ func (c *Conn) Read(dst []byte) (int, error) {
 func (c *Conn) fill() error {
 	c.Idle()
 	if c.busy && !c.more {
-		nap(c.pause)
+		Nap(c.pause)
 	}
 	n, err := c.Conn.Read(c.buf)
 	c.begin, c.end = 0, n
