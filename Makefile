@@ -1,6 +1,6 @@
-# What the tests need beside Go, they bring: Postgres by npm where the machine
-# has none of 15 or newer, Prometheus, promtool and systemd-analyze out of Debian's
-# packages.
+# What the tests need beside Go, a C compiler and Node.js with npm, they bring: Postgres
+# by npm where the machine has none of 15 or newer; psql, PgBouncer, Chromium, Prometheus
+# and systemd-analyze out of Debian's packages.
 
 GO ?= go
 # Whatever is built without the race detector is built one way, as a release is:

@@ -101,7 +101,7 @@ func isLogger(x ast.Expr) bool {
 	case *ast.Ident:
 		return x.Name == "log"
 	case *ast.SelectorExpr:
-		return x.Sel.Name == "log"
+		return strings.EqualFold(x.Sel.Name, "log")
 	case *ast.CallExpr:
 		name, ok := x.Fun.(*ast.Ident)
 		return ok && name.Name == "logger"

@@ -262,8 +262,8 @@ func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
 	return s.explain("advance", err)
 }
 
-// Guarded returns effects-like SQL of its own, outside an advance, that takes
-// place only under our epoch: the expression "advanced" has one row then.
+// Guarded carries effects out outside an advance, and only under our epoch: the
+// expression "advanced" has one row then.
 func (s *Store) Guarded(ctx context.Context, e Effects) error {
 	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch}
 	for name, value := range e.Args {

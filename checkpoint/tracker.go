@@ -146,7 +146,7 @@ type Batch struct {
 }
 
 // Batch returns the longest recordable prefix of at most limit items (more
-// only where an unknown sequence bars a stop, see Stored) whose transactions
+// only where events that overtook each other bar a stop, see Stored) whose transactions
 // are visible. The items are valid until Recorded is called with the batch.
 func (t *Tracker) Batch(limit int, visible func(xid uint32) bool) Batch {
 	t.mu.Lock()

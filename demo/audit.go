@@ -7,6 +7,8 @@ import (
 	"strings"
 	"time"
 
+	"outbox-relay/internal/wait"
+
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 	"github.com/nats-io/nats.go/jetstream"
@@ -62,7 +64,7 @@ func (s *servers) awaitRecorded(ctx context.Context) error {
 		if err != nil || waiting == 0 {
 			return err
 		}
-		if err := pause(ctx, 20*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 20*time.Millisecond); err != nil {
 			return err
 		}
 	}

@@ -20,6 +20,8 @@ import (
 	"os/signal"
 	"syscall"
 	"time"
+
+	"outbox-relay/internal/wait"
 )
 
 const (
@@ -118,7 +120,7 @@ func showOrders(ctx context.Context, out *printer, shop *shop, consumers []*cons
 			}
 			out.detail(c.service, "%-44s %6.1f ms after the commit", did, took)
 		}
-		if err := pause(ctx, 300*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 300*time.Millisecond); err != nil {
 			return err
 		}
 	}
@@ -193,13 +195,4 @@ func showRush(ctx context.Context, out *printer, s *servers, relay *program, sho
 	took := time.Since(began)
 	out.step("consumers", "both have handled every order after %.1f s: %.0f orders/s", took.Seconds(), float64(clerks*rushOrders)/took.Seconds())
 	return nil
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-time.After(d):
-		return nil
-	}
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"outbox-relay/internal/pgserver/child"
+	"outbox-relay/internal/wait"
 )
 
 // program is a process with its log.
@@ -34,7 +35,7 @@ func (s *servers) start(ctx context.Context, name string, cmd *exec.Cmd, ready s
 			return nil, p.ended()
 		default:
 		}
-		if err := pause(ctx, 5*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 5*time.Millisecond); err != nil {
 			return nil, err
 		}
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/pgserver"
+	"outbox-relay/internal/wait"
 )
 
 const stream = "EVENTS"
@@ -178,7 +179,7 @@ func (s *servers) awaitStored(ctx context.Context, n uint64) error {
 		if err != nil || stored >= n {
 			return err
 		}
-		if err := pause(ctx, 5*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 5*time.Millisecond); err != nil {
 			return err
 		}
 	}

@@ -1,5 +1,5 @@
 -- What the relay adds to the outbox: two columns that the message can carry,
--- room for HOT updates, the publication, and its own two tables.
+-- room for HOT updates, the publication, and its own tables.
 -- Only up; it can be run twice, and by psql alone.
 
 -- +goose Up

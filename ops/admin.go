@@ -60,7 +60,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
-		return nil, fmt.Errorf("connect to Postgres: %w: start it, or see to OUTBOX_POSTGRES_URL", err)
+		return nil, fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
 	}
 	if err := a.check(ctx, conn); err != nil {
 		hangUp(conn)

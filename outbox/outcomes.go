@@ -40,7 +40,7 @@ func (r Recorded) Answered() int { return r.sent - r.Published - r.PublishedLock
 // becomes a leftover), and that are gone or no longer pending (an answer). All
 // rows must be visible: see Snapshot. SKIP LOCKED, so that no batch deadlocks
 // with the application. NOT IN, which hashes whatever the planner believes of the
-// sizes: it takes a batch for ten rows, and an anti join of those for cheap.
+// sizes: how many rows are locked or free it can only guess.
 func (t Table) Outcomes(items []checkpoint.Item, r *Recorded) (checkpoint.Effects, error) {
 	var published, failed, reasons, events []string
 	for _, item := range items {

@@ -27,8 +27,7 @@ type Removal struct {
 //
 // It walks by primary key since there is no index on status or published_at:
 // with one, marking a row published would not stay on its page (HOT). The limit
-// stands in the text, or a generic plan would take it for a tenth of the table;
-// an array is looked up in the index whatever the planner believes of the sizes.
+// stands in the text, so that no plan takes it for a tenth of the table; an array is looked up in the index whatever the planner believes of the sizes.
 // One statement is a short transaction, which holds up neither writers nor vacuum,
 // and SKIP LOCKED never waits for the application.
 func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string, age time.Duration, limit int) (Removal, error) {

@@ -9,6 +9,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 )
 
@@ -86,7 +87,7 @@ func (p *pipeline) awaitSeen() error {
 			return err
 		}
 		if !seen {
-			if err := pause(p.ctx, 10*time.Millisecond); err != nil {
+			if err := wait.For(p.ctx, 10*time.Millisecond); err != nil {
 				return err
 			}
 		}

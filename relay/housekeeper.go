@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 )
 
@@ -112,7 +113,7 @@ func (h *housekeeper) run(ctx context.Context) error {
 	defer h.close()
 	for len(h.chores) > 0 {
 		next := slices.MinFunc(h.chores, func(a, b *chore) int { return a.due.Compare(b.due) })
-		if err := pause(ctx, time.Until(next.due)); err != nil {
+		if err := wait.For(ctx, time.Until(next.due)); err != nil {
 			return err
 		}
 		rest := h.attempt(ctx, next)
@@ -189,12 +190,7 @@ func (h *housekeeper) connect(ctx context.Context) error {
 }
 
 func (h *housekeeper) disconnect() {
-	if h.conn == nil {
-		return
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-	defer cancel()
-	_ = h.conn.Close(ctx)
+	closeSQL(h.conn)
 	h.conn = nil
 }
 

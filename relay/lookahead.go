@@ -1,6 +1,7 @@
 package relay
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -46,7 +47,7 @@ func (s *session) look(ctx context.Context, reader *replication.Session, ahead *
 	if errors.Is(err, errEnough) {
 		return nil
 	}
-	return first(context.Cause(ctx), s.explainReading(err))
+	return cmp.Or(context.Cause(ctx), s.explainReading(err))
 }
 
 var errEnough = errors.New("enough")

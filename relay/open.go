@@ -11,6 +11,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/wait"
 	"outbox-relay/replication"
 )
 
@@ -123,7 +124,7 @@ func (s *session) openBacklog(ctx context.Context) error {
 // tellWaiting names, from time to time, the backend whose transaction the slot
 // waits for. It has the SQL connection until ctx ends.
 func (s *session) tellWaiting(ctx context.Context) {
-	for pause(ctx, 5*time.Second) == nil {
+	for wait.For(ctx, 5*time.Second) == nil {
 		var pid int
 		var since string
 		// pg_locks shows to everybody who has a transaction id; since when, only to some.

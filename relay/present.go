@@ -26,7 +26,7 @@ type Present struct {
 
 	// WALEnd is where Postgres's WAL ended at the recorder's last look, at most
 	// about a second ago while it runs. Received is what the reader has got to,
-	// Confirmed what the slot was told. All 0: there was no session yet.
+	// Confirmed what the slot was told. All 0: no session streams.
 	WALEnd, Received, Confirmed pglogrepl.LSN
 }
 

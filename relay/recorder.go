@@ -11,6 +11,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 )
@@ -35,15 +36,13 @@ type recorder struct {
 	reader  *replication.Session
 	want    string // fingerprint of the publication
 
-	position  checkpoint.Position // of the checkpoint
-	sequence  uint64
+	position  checkpoint.Position   // of the checkpoint
 	batch     checkpoint.TableBatch // what is published from the table at present, or was last
 	confirm   pglogrepl.LSN         // C: the highest LSN that the checkpoint names
 	ownEnd    pglogrepl.LSN         // where WAL ended after our last write; 0: not seen yet
 	lastWrite time.Time
 	pending   []confirmation
-	barred    bool // something has an outcome, and its transaction is not visible yet
-	waiting   int  // leftovers
+	waiting   int // leftovers
 	swept     time.Time
 	calm      calmer
 
@@ -51,7 +50,7 @@ type recorder struct {
 
 	walEnd atomic.Uint64 // at the last look
 	rounds atomic.Uint64 // how often Postgres has answered
-	unseen atomic.Bool   // barred, for the watch
+	barred atomic.Bool   // something has an outcome, and its transaction is not visible yet
 	awaits atomic.Bool   // somebody waits for a transaction to be visible
 
 	urgent   chan struct{}
@@ -74,7 +73,7 @@ type request struct {
 func newRecorder(s *session, tracker *checkpoint.Tracker, from origin) *recorder {
 	return &recorder{
 		session: s, tracker: tracker, reader: from.reader, want: from.checkpoint.Publication,
-		position: from.checkpoint.Position, sequence: from.checkpoint.Sequence, confirm: from.checkpoint.Confirmed,
+		position: from.checkpoint.Position, confirm: from.checkpoint.Confirmed,
 		waiting: 1, // not known: look
 		urgent:  make(chan struct{}, 1), requests: make(chan request),
 	}
@@ -123,7 +122,7 @@ func (r *recorder) rest(ctx context.Context, full bool) error {
 	case req := <-r.requests:
 		r.serve(ctx, req)
 	case <-timer.C:
-		if r.mayConfirm() || r.barred {
+		if r.mayConfirm() || r.barred.Load() {
 			r.hurry()
 		}
 	}
@@ -163,7 +162,7 @@ func (r *recorder) do(ctx context.Context, f func(context.Context) error) error 
 
 // waits reports whether events wait for a transaction that is committed and
 // can't be seen yet. Safe for concurrent use.
-func (r *recorder) waits() bool { return r.unseen.Load() || r.awaits.Load() }
+func (r *recorder) waits() bool { return r.barred.Load() || r.awaits.Load() }
 
 // visible runs f once the rows of that transaction can be seen.
 func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Context) error) error {
@@ -181,7 +180,7 @@ func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Conte
 			return err
 		}
 		r.awaits.Store(true)
-		if err := pause(ctx, 10*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 10*time.Millisecond); err != nil {
 			return err
 		}
 	}
@@ -205,7 +204,7 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 	if r.calm.news(err) {
 		r.log.Warn("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
 	}
-	return false, pause(ctx, checkEvery)
+	return false, wait.For(ctx, checkEvery)
 }
 
 // round looks at the database in a fresh snapshot, confirms what the round
@@ -246,8 +245,7 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 			return false, err
 		}
 	}
-	r.barred = len(batch.Items) == 0 && r.tracker.Settled()
-	r.unseen.Store(r.barred)
+	r.barred.Store(len(batch.Items) == 0 && r.tracker.Settled())
 	r.observe()
 	r.relay.vitals.clock.note(time.Now(), state.WALEnd)
 	if err := r.relay.vitals.look(ctx, r.table, r.sql, r.tracker.Safe); err != nil {
@@ -338,7 +336,7 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	if err := r.store.Advance(ctx, advance, effects); err != nil {
 		return err
 	}
-	r.position, r.sequence, r.confirm = advance.Position, advance.Sequence, max(r.confirm, b.Safe)
+	r.position, r.confirm = advance.Position, max(r.confirm, b.Safe)
 	r.batch.Done += advance.Batch.Rows
 	r.tracker.Recorded(b)
 	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
@@ -414,7 +412,7 @@ func (r *recorder) flush(ctx context.Context, settled bool) error {
 		case left == 0:
 			return nil
 		}
-		if err := pause(ctx, 10*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 10*time.Millisecond); err != nil {
 			return err
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
@@ -59,7 +60,7 @@ type Relay struct {
 	state      atomic.Value                // State
 	streamed   bool                        // a session has streamed: what is wrong now was right before
 	client     atomic.Pointer[sink.Client] // nil: not connected to NATS yet
-	pipeline   atomic.Pointer[pipeline]    // the last one
+	pipeline   atomic.Pointer[pipeline]    // nil: no session streams
 	waiting    atomic.Pointer[string]      // why a session ended and another is to begin; nil: one runs
 	refused    atomic.Bool                 // Postgres refuses to record outcomes
 	invisible  atomic.Bool                 // for long now, events wait for their transaction to be visible
@@ -141,7 +142,7 @@ func (r *Relay) Run(ctx context.Context) error {
 			continue
 		}
 		r.enter(err, &calm)
-		if pause(ctx, retryDelay(err, attempt)) != nil {
+		if wait.For(ctx, retryDelay(err, attempt)) != nil {
 			return nil
 		}
 	}
@@ -205,15 +206,4 @@ func retryDelay(err error, attempt int) time.Duration {
 		return standbyPause
 	}
 	return time.Duration(float64(sink.Backoff(attempt)) * (0.5 + rand.Float64()/2))
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-timer.C:
-		return nil
-	}
 }

@@ -15,6 +15,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
@@ -143,7 +144,7 @@ func (s *session) awaitSlot(ctx context.Context) error {
 		if err := s.relay.vitals.look(ctx, s.table, s.sql, nil); err != nil {
 			return err
 		}
-		if err := pause(ctx, standbyPause); err != nil {
+		if err := wait.For(ctx, standbyPause); err != nil {
 			return err
 		}
 	}
@@ -305,7 +306,7 @@ func (s *session) restart(ctx context.Context, from checkpoint.Checkpoint) (*rep
 		case !errors.Is(err, replication.ErrSlotInUse) || time.Now().After(deadline):
 			return reader, err
 		}
-		if err := pause(ctx, 20*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 20*time.Millisecond); err != nil {
 			return nil, err
 		}
 	}
@@ -364,7 +365,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	if halted := p.halted.Load(); halted != nil {
 		return halted
 	}
-	return s.explainStream(first(failed, ended(err)))
+	return s.explainStream(cmp.Or(failed, ended(err)))
 }
 
 // drain brings what was read to its end, within the grace.
@@ -398,13 +399,4 @@ func ended(err error) error {
 		return nil
 	}
 	return err
-}
-
-func first(errs ...error) error {
-	for _, err := range errs {
-		if err != nil {
-			return err
-		}
-	}
-	return nil
 }

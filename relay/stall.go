@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"outbox-relay/internal/wait"
 )
 
 // waitingAfter is how long events may wait for a transaction to become visible
@@ -60,7 +62,7 @@ func (p *pipeline) watch(ctx context.Context) error {
 		now := time.Now()
 		p.tellStall(w.look(now, p.sample()))
 		p.relay.invisible.Store(p.recorder.waits() && now.Sub(w.moved) > waitingAfter)
-		if err := pause(ctx, min(checkEvery, w.limit/4)); err != nil {
+		if err := wait.For(ctx, min(checkEvery, w.limit/4)); err != nil {
 			return err
 		}
 	}

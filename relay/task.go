@@ -3,6 +3,8 @@ package relay
 import (
 	"context"
 	"time"
+
+	"outbox-relay/internal/wait"
 )
 
 // Bar shows at a terminal how far something has come. One goroutine at a time
@@ -69,7 +71,7 @@ func (s *session) showDraining(ctx context.Context, p *pipeline) (stop func()) {
 		defer close(ended)
 		t := s.begin("stopping", total)
 		defer t.end()
-		for pause(ctx, drainLook) == nil {
+		for wait.For(ctx, drainLook) == nil {
 			if left := p.tracker.Len(); t.set(max(0, total-left)) {
 				s.log.Info("still stopping", "events", left)
 			}

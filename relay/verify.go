@@ -7,6 +7,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/wait"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -224,7 +225,7 @@ func (s *session) awaitSequence(ctx context.Context, sequence uint64) (behind bo
 		if !s.stream.Replicated || time.Now().After(deadline) {
 			return true, nil
 		}
-		if err := pause(ctx, 250*time.Millisecond); err != nil {
+		if err := wait.For(ctx, 250*time.Millisecond); err != nil {
 			return false, err
 		}
 		if err := s.connectStream(ctx); err != nil {

@@ -85,7 +85,7 @@ func Dial(ctx context.Context, network, address string) (net.Conn, error) {
 	return dialer.DialContext(ctx, network, address)
 }
 
-// dialWalsender dials a connection that is read at the walsender's pace.
+// dialWalsender dials a connection whose reads leave the walsender undisturbed.
 func dialWalsender(ctx context.Context, network, address string) (net.Conn, error) {
 	conn, err := Dial(ctx, network, address)
 	if err != nil {
@@ -180,15 +180,7 @@ func (c *Conn) Close() {
 }
 
 func quote(name string) string {
-	quoted := make([]byte, 0, len(name)+2)
-	quoted = append(quoted, '"')
-	for i := range len(name) {
-		if name[i] == '"' {
-			quoted = append(quoted, '"')
-		}
-		quoted = append(quoted, name[i])
-	}
-	return string(append(quoted, '"'))
+	return `"` + strings.ReplaceAll(name, `"`, `""`) + `"`
 }
 
 func hasCode(err error, code string) bool {

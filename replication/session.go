@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 
+	"outbox-relay/internal/wait"
 	"outbox-relay/replication/pace"
 )
 
@@ -127,9 +129,9 @@ func (s *Session) Run(ctx context.Context, handler Handler) error {
 	defer writer.Wait()
 	defer stop()
 
+	pace.Below(s.conn.pg.Conn()).Idle = handler.Idle
 	// The read itself has no context: a deadline for each message would cost
 	// more than decoding it.
-	pace.Below(s.conn.pg.Conn()).Idle = handler.Idle
 	interrupt := context.AfterFunc(ctx, func() { _ = s.conn.pg.Conn().SetReadDeadline(time.Unix(1, 0)) })
 	defer interrupt()
 	err := s.read(handler)
@@ -216,7 +218,7 @@ func (s *Session) write(ctx context.Context) {
 		case <-alive.C:
 		case <-s.ask:
 		case <-s.moved:
-			if !pause(ctx, confirmInterval) {
+			if wait.For(ctx, confirmInterval) != nil {
 				return
 			}
 		}
@@ -269,30 +271,12 @@ func (s *Session) Finish(ctx context.Context) error {
 
 // literal quotes a string for a replication command.
 func literal(s string) string {
-	quoted := []byte{'\''}
-	for i := range len(s) {
-		if s[i] == '\'' {
-			quoted = append(quoted, '\'')
-		}
-		quoted = append(quoted, s[i])
-	}
-	return string(append(quoted, '\''))
+	return `'` + strings.ReplaceAll(s, `'`, `''`) + `'`
 }
 
 func signal(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
 	default:
-	}
-}
-
-func pause(ctx context.Context, d time.Duration) bool {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return false
-	case <-timer.C:
-		return true
 	}
 }

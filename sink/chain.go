@@ -139,8 +139,8 @@ type Origin struct {
 	Heritage Heritage
 }
 
-// NewChain returns a chain. What an earlier chain has not written yet is dropped: it must not land behind the
-// messages that were read from the stream since.
+// NewChain returns a chain. What an earlier chain has not written yet is dropped: it
+// must not land behind the messages that were read from the stream since.
 func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 	ch := &Chain{
 		client: c, log: c.log, stream: from.Stream, outcomes: outcomes,

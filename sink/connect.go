@@ -20,6 +20,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/wait"
 )
 
 // minServer is the oldest NATS server that the fault suite was run on, and the
@@ -172,7 +173,7 @@ func (c *Client) dial(ctx context.Context) error {
 			c.log.Warn("waiting for NATS", "error", err, "remedy", unreached.Remedy)
 			waiting = true
 		}
-		if unreached.Cause = pause(ctx, Backoff(attempt)); unreached.Cause != nil {
+		if unreached.Cause = wait.For(ctx, Backoff(attempt)); unreached.Cause != nil {
 			return unreached
 		}
 	}
@@ -255,15 +256,4 @@ func (c *Client) Close() {
 // doubling up to 5 s.
 func Backoff(n int) time.Duration {
 	return min(5*time.Second, 100*time.Millisecond<<min(n, 10))
-}
-
-func pause(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-timer.C:
-		return nil
-	}
 }

@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"time"
 
+	"outbox-relay/internal/wait"
+
 	"github.com/nats-io/nats.go"
 )
 
@@ -30,7 +32,7 @@ func (ch *Chain) resync(ctx context.Context) error {
 	r := resyncer{Chain: ch}
 	for ; ; attempt++ {
 		if attempt > 0 {
-			if err := pause(ctx, jitter(Backoff(attempt-1))); err != nil {
+			if err := wait.For(ctx, jitter(Backoff(attempt-1))); err != nil {
 				return err
 			}
 		}
@@ -167,7 +169,7 @@ func (r *resyncer) settle(ctx context.Context, silence time.Duration) error {
 		if left == 0 || quiet >= silence {
 			return nil
 		}
-		if err := pause(ctx, min(silence-quiet, 20*time.Millisecond)); err != nil {
+		if err := wait.For(ctx, min(silence-quiet, 20*time.Millisecond)); err != nil {
 			return err
 		}
 	}

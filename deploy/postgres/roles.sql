@@ -1,8 +1,8 @@
 -- The roles of an outbox: each with what it needs, and no more. After `outbox-relay
 -- migrate`, and in the same database, as who may create roles with REPLICATION:
 --
---     psql -f deploy/postgres/roles.sql postgres://owner@db/app
---     psql -c '\password relay' postgres://owner@db/app
+--     psql -f deploy/postgres/roles.sql postgres://admin@db/app
+--     psql -c '\password relay' postgres://admin@db/app
 --
 -- It can be run twice. It is for the table events in the schema public: where yours
 -- has another name, or the relay's role is to have one, write these.

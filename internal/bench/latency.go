@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"outbox-relay/internal/wait"
 )
 
 // share is of the most that can be inserted and relayed at once.
@@ -77,14 +79,14 @@ func (s *servers) withRelay(ctx context.Context, b *broker, afterPublish string,
 // idle watches a relay that has nothing to do.
 func (s *servers) idle(ctx context.Context, b *broker, length time.Duration) (idle Idle, err error) {
 	err = s.withRelay(ctx, b, "keep", func(_ *database, r *relay) error {
-		if err := sleep(ctx, 2*time.Second); err != nil { // what it does at its start is over
+		if err := wait.For(ctx, 2*time.Second); err != nil { // what it does at its start is over
 			return err
 		}
 		begin, err := look(r.Pid())
 		if err != nil {
 			return err
 		}
-		if err := sleep(ctx, length); err != nil {
+		if err := wait.For(ctx, length); err != nil {
 			return err
 		}
 		end, err := look(r.Pid())
@@ -109,15 +111,6 @@ func look(pid int) (g glance, err error) {
 	}
 	g.wakeUps, err = wakeUps(pid)
 	return g, err
-}
-
-func sleep(ctx context.Context, d time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(d):
-		return nil
-	}
 }
 
 // latency measures from before each insert is sent to when a consumer gets its

@@ -1,7 +1,7 @@
 // Bench measures the relay against the limits of what is around it, on a
 // throw-away Postgres and a real NATS server: pg_recvlogical, which reads the same
-// backlog through the same publication into a file; a reader that only lets bytes
-// pile up and discards them; and publishing without Postgres. What counts is their
+// backlog through the same publication into a file; a reader at the relay's own
+// pace that only counts; and publishing without Postgres. What counts is their
 // ratio within a round. Then it measures latency, and what an idle relay uses.
 // Linux only: it reads CPU times and memory from /proc.
 //

@@ -19,6 +19,7 @@ import (
 
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/pgserver/child"
+	"outbox-relay/internal/wait"
 )
 
 const (
@@ -196,10 +197,8 @@ func await(ctx context.Context, what string, pace time.Duration, done func() (bo
 		if ok, err := done(); ok || err != nil {
 			return err
 		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-time.After(pace):
+		if err := wait.For(ctx, pace); err != nil {
+			return err
 		}
 	}
 }

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"time"
 
+	"outbox-relay/internal/wait"
+
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
 )
@@ -55,7 +57,7 @@ func (s *sampler) begins() (all []pglogrepl.LSN) {
 func (s *sampler) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		s.session(ctx)
-		pause(ctx, samplePause)
+		wait.For(ctx, samplePause)
 	}
 }
 
@@ -73,7 +75,7 @@ func (s *sampler) session(ctx context.Context) {
 		if err := s.look(ctx, conn); err != nil {
 			return
 		}
-		pause(ctx, samplePause)
+		wait.For(ctx, samplePause)
 	}
 }
 

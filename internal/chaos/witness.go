@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"outbox-relay/internal/wait"
+
 	"github.com/nats-io/nats.go/jetstream"
 )
 
@@ -36,7 +38,7 @@ func newWitness(js jetstream.JetStream, workQueue bool) *witness {
 func (w *witness) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if err := w.read(ctx); err != nil {
-			pause(ctx, 100*time.Millisecond)
+			wait.For(ctx, 100*time.Millisecond)
 		}
 	}
 }
@@ -144,13 +146,4 @@ func (w *witness) statement() ([]message, []string) {
 	}
 	slices.SortFunc(messages, func(a, b message) int { return cmp.Compare(a.sequence, b.sequence) })
 	return messages, slices.Clone(w.faults)
-}
-
-func pause(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-	case <-timer.C:
-	}
 }

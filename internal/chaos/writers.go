@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"outbox-relay/internal/wait"
+
 	"github.com/jackc/pgx/v5"
 )
 
@@ -58,7 +60,7 @@ func (w *writer) run(ctx context.Context) {
 		if err := w.step(ctx); err != nil {
 			w.last.Store(err.Error())
 			w.hangUp()
-			pause(ctx, 100*time.Millisecond)
+			wait.For(ctx, 100*time.Millisecond)
 		}
 	}
 }
@@ -160,7 +162,7 @@ func (w *writer) inTransaction(ctx context.Context, n int, more func(context.Con
 // long holds a transaction open for some seconds, or until the writers stop.
 func (w *writer) long(stop, ctx context.Context) (rows int, err error) {
 	return 4, w.inTransaction(ctx, 2, func(ctx context.Context, tx pgx.Tx) error {
-		pause(stop, time.Duration(1000+w.random.IntN(4000))*time.Millisecond)
+		wait.For(stop, time.Duration(1000+w.random.IntN(4000))*time.Millisecond)
 		return w.insert(ctx, tx, 2)
 	})
 }
@@ -211,5 +213,5 @@ func (p *pacer) wait(ctx context.Context, n int) {
 	until := p.next
 	p.next = p.next.Add(time.Duration(n) * p.each)
 	p.mu.Unlock()
-	pause(ctx, time.Until(until))
+	wait.For(ctx, time.Until(until))
 }

@@ -133,6 +133,12 @@ func (d *database) connect(ctx context.Context) (*pgx.Conn, error) {
 	return conn, err
 }
 
+// planned has a connection plan its statements as the relay's are: for each batch.
+func planned(ctx context.Context, conn *pgx.Conn) error {
+	_, err := conn.Exec(ctx, `set plan_cache_mode = force_custom_plan`)
+	return err
+}
+
 func (d *database) close(ctx context.Context) {
 	for _, conn := range d.conns {
 		_ = conn.Close(ctx)

@@ -82,6 +82,9 @@ func (s *server) record(ctx context.Context, v variant, batches, batch int, c *c
 	if err != nil {
 		return err
 	}
+	if err := planned(ctx, relay); err != nil {
+		return err
+	}
 	table := outbox.Table{Schema: "public", Name: "events", Slot: "costs", Mode: v.mode}
 	store := checkpoint.NewStore(relay, "public", "costs")
 	if err := store.Create(ctx, checkpoint.Checkpoint{SystemID: "1", Timeline: 1, Stream: "EVENTS"}); err != nil {

@@ -167,6 +167,9 @@ func (d *database) retainUntil(ctx context.Context, step int, w *writing) error 
 		return err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
+	if err := planned(ctx, conn); err != nil {
+		return err
+	}
 	before, err := backendCPU(conn)
 	if err != nil {
 		return err

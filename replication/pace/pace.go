@@ -9,7 +9,7 @@ import (
 
 const (
 	readBuffer = 1 << 20
-	paceWindow = 2 * time.Millisecond // over which the load is measured
+	window     = 2 * time.Millisecond // over which the load is measured
 	busyRate   = 1 << 20              // bytes a second that count as load: about 2,000 small transactions
 	deepRate   = 8 << 20              // bytes a second that count as a backlog
 
@@ -19,9 +19,11 @@ const (
 	longPause = 10 * time.Millisecond
 
 	// A read of less than drained bytes has found little more than what came while it
-	// was made; what waited before came in reads of about receiveBuffer. In a quarter of
-	// that the sender's kernel waits for room that never comes (tried).
-	drained       = 16 << 10
+	// was made; what waited before came in reads of about receiveBuffer.
+	drained = 16 << 10
+
+	// With a buffer of 16 KiB the sender's kernel waits for room that never comes, with
+	// 32 KiB it does so at moments (tried).
 	receiveBuffer = 64 << 10
 )
 
@@ -29,8 +31,8 @@ const (
 // little before it reads again. A reader that always waits on the socket makes the
 // walsender wake it for every message it sends, which halves the walsender.
 //
-// So does a reader whose receive buffer has room for every message: each goes through
-// TCP by itself. Where there is none it is only appended to what waits already. With a
+// A reader whose receive buffer has room for every message costs it something, too: each
+// goes through TCP by itself. Where there is none it is only appended to what waits already. With a
 // backlog within a machine the buffer is therefore left full for a while, and then all
 // is read that has gathered behind it. docs/performance.md has the figures.
 //
@@ -108,7 +110,7 @@ func (c *Conn) fill() error {
 func (c *Conn) measure(n int, now time.Time) {
 	c.gained += n
 	elapsed := now.Sub(c.since)
-	if elapsed < paceWindow {
+	if elapsed < window {
 		return
 	}
 	c.busy = float64(c.gained) > busyRate*elapsed.Seconds()

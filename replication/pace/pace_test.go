@@ -92,7 +92,7 @@ func TestBacklogsOfOthers(t *testing.T) {
 		defer conn.Close()
 		p := NewConn(conn)
 		p.since = time.Unix(1, 0)
-		p.measure(1<<30, p.since.Add(paceWindow))
+		p.measure(1<<30, p.since.Add(window))
 		if !p.busy || p.deep != c.near {
 			t.Errorf("%s: busy %v, a backlog %v; want %v", network, p.busy, p.deep, c.near)
 		}
