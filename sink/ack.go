@@ -15,6 +15,7 @@ const replyRoom = 160
 // stands in the stream at sequence, from this publish or an earlier one.
 type ack struct {
 	stream    []byte
+	domain    []byte // of JetStream; empty: it has none, or the answer does not say
 	sequence  uint64
 	duplicate bool
 	code      int // of JetStream's error; 0: none
@@ -60,13 +61,14 @@ func parseAck(data []byte) (ack, error) {
 			Description string `json:"description"`
 		} `json:"error"`
 		Stream    string `json:"stream"`
+		Domain    string `json:"domain"`
 		Sequence  uint64 `json:"seq"`
 		Duplicate bool   `json:"duplicate"`
 	}
 	if err := json.Unmarshal(data, &answer); err != nil {
 		return ack{}, fmt.Errorf("parse the answer to a publish: %w", err)
 	}
-	a := ack{stream: []byte(answer.Stream), sequence: answer.Sequence, duplicate: answer.Duplicate}
+	a := ack{stream: []byte(answer.Stream), domain: []byte(answer.Domain), sequence: answer.Sequence, duplicate: answer.Duplicate}
 	switch {
 	case answer.Error != nil:
 		a.code, a.text = answer.Error.Code, answer.Error.Description
@@ -98,8 +100,9 @@ func plainAck(data []byte) (ack, bool) {
 	if !ok {
 		return ack{}, false
 	}
-	if after, domain := cutField(rest, ackDomain); domain {
-		if _, rest, ok = cutQuoted(after); !ok {
+	var domain []byte
+	if after, has := cutField(rest, ackDomain); has {
+		if domain, rest, ok = cutQuoted(after); !ok {
 			return ack{}, false
 		}
 	}
@@ -115,7 +118,7 @@ func plainAck(data []byte) (ack, bool) {
 	if err != nil {
 		return ack{}, false
 	}
-	return ack{stream: stream, sequence: sequence}, true
+	return ack{stream: stream, domain: domain, sequence: sequence}, true
 }
 
 // cutQuoted cuts a string without escapes.

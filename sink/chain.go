@@ -88,8 +88,7 @@ type Chain struct {
 	generation uint64    // counts how often the window was sent
 	replicated bool      // all that is sent has a name
 	named      uint64    // so have events before this number, in this generation
-	pending    int       // nameless copies of this generation that were not answered
-	doubt      uint64    // events before this number may have been refused, if nameless
+	lots       []lot     // oldest first
 	unanswered int       // copies in the window that are not known to be answered
 	quiet      time.Time // when something was last sent, answered or reconnected
 	heard      time.Time // when something was last answered
@@ -108,11 +107,27 @@ type entry struct {
 	sequence uint64 // at which it must be, or is, stored
 	sent     time.Time
 	copies   int  // sent and not known to be answered
-	nameless bool // one of them is, the first that was sent
+	nameless bool // one of them is, the first that was sent: see lot
 	stored   bool
 	blurred  bool   // was overtaken, or overtook: no place for the checkpoint to stop
 	refused  string // why the server can never store it
-	twin     uint64 // sequence that a duplicate answer named
+	twin     uint64 // sequence at which an answer has named a copy of it, where another was expected
+}
+
+// lot is the nameless copies of one sending of the window. They were placed one behind
+// the other, so that the sequence in a good answer says whose it is.
+type lot struct {
+	generation uint64
+	begin, end uint64 // numbers of the first event, and one past the last
+	sequence   uint64 // at which the first is to be stored
+	pending    int    // copies that were not answered
+	refused    bool   // there were other answers than good ones: they name no event
+}
+
+// event returns the number of the event that was to be stored at the sequence.
+func (l *lot) event(sequence uint64) (number uint64, ok bool) {
+	number = l.begin + (sequence - l.sequence)
+	return number, sequence >= l.sequence && number < l.end
 }
 
 // probeAfter is how long the stream may be silent before the next event is sent
@@ -315,7 +330,7 @@ func (ch *Chain) Refresh(ctx context.Context) error {
 
 // takeConfig is called with the sending token and ch.mu held.
 func (ch *Chain) takeConfig(stream Stream) {
-	ch.replicated = stream.Replicated
+	ch.replicated, ch.stream.Domain = stream.Replicated, stream.Domain
 	ch.limit = int(ch.client.nc.MaxPayload())
 	if stream.MaxMsgSize >= 0 {
 		ch.limit = min(ch.limit, stream.MaxMsgSize)
@@ -409,17 +424,41 @@ func (ch *Chain) append(index uint64, e *outbox.Event, size int) uint64 {
 func (ch *Chain) place(number uint64, now time.Time) (to reply, sequence uint64) {
 	en := ch.at(number)
 	ch.next++
-	en.sequence, en.sent = ch.next, now
-	en.refused, en.twin = "", 0
+	en.sequence, en.sent, en.refused = ch.next, now, ""
+	if en.twin <= ch.last { // one behind that has landed since the stream was looked at
+		en.twin = 0
+	}
 	en.copies++
 	ch.unanswered++
 	ch.quiet = now
 	to = reply{generation: ch.generation, number: number, named: ch.replicated || ch.probing || number < ch.named}
 	if !to.named {
 		en.nameless = true
-		ch.pending++
+		ch.enlot(number, en.sequence)
 	}
 	return to, en.sequence
+}
+
+// enlot adds a nameless copy to those of this generation. ch.mu is held.
+func (ch *Chain) enlot(number, sequence uint64) {
+	l := ch.lot(ch.generation)
+	if l == nil {
+		ch.lots = append(ch.lots, lot{generation: ch.generation, begin: number, sequence: sequence})
+		l = &ch.lots[len(ch.lots)-1]
+	}
+	l.end = number + 1
+	l.pending++
+}
+
+// lot returns the nameless copies of a generation; nil: there are none, or their
+// events are settled. ch.mu is held.
+func (ch *Chain) lot(generation uint64) *lot {
+	for i := len(ch.lots) - 1; i >= 0; i-- {
+		if ch.lots[i].generation == generation {
+			return &ch.lots[i]
+		}
+	}
+	return nil
 }
 
 // send hands the message that was built to the connection, for the next flush.
@@ -454,13 +493,10 @@ func (ch *Chain) answer(msg *nats.Msg) {
 		return
 	}
 	ch.quiet, ch.heard = now, now
-	switch {
-	case to.named:
-		ch.takeNamed(ch.at(to.number), a, latest)
-	case latest:
-		ch.takeNameless(a)
-	case a.code != 0 || a.duplicate: // nobody knows any more which copy it was
-		ch.doubt = max(ch.doubt, ch.named)
+	if to.named {
+		ch.judge(ch.at(to.number), a, latest)
+	} else if l := ch.lot(to.generation); l != nil {
+		ch.takeNameless(l, a, latest)
 	}
 	ch.changed.Broadcast()
 }
@@ -473,10 +509,10 @@ func (ch *Chain) answered(en *entry) {
 	}
 }
 
-// takeNamed judges an answer to a copy of the event. Where one that was sent again
+// judge takes an answer to a copy of the event. Where one that was sent again
 // meanwhile has been stored, its message is known for the event's, even when it is gone.
 // ch.mu is held.
-func (ch *Chain) takeNamed(en *entry, a ack, latest bool) {
+func (ch *Chain) judge(en *entry, a ack, latest bool) {
 	ch.answered(en)
 	switch {
 	case latest:
@@ -486,26 +522,27 @@ func (ch *Chain) takeNamed(en *entry, a ack, latest bool) {
 	}
 }
 
-// takeNameless judges an answer to a nameless copy of this generation. ch.mu is held.
-func (ch *Chain) takeNameless(a ack) {
-	if string(a.stream) == ch.stream.Name {
-		ch.pending--
+// takeNameless takes an answer to one of the copies of a lot. ch.mu is held.
+func (ch *Chain) takeNameless(l *lot, a ack, latest bool) {
+	if ch.ours(a) {
+		l.pending--
 	}
-	number, ok := ch.expecting(a)
+	number, ok := ch.expecting(l, a)
 	switch {
 	case !ok: // whose it is will be known when it comes again
-		ch.doubt = ch.tail
-		ch.breakWith(ch.complaint(a, 0))
+		l.refused = true
+		if latest {
+			ch.breakWith(ch.complaint(a, 0))
+		}
 	case number >= ch.head:
 		en := ch.at(number)
 		en.nameless = false
-		ch.answered(en)
-		ch.take(en, a)
+		ch.judge(en, a, latest)
 	}
-	if ch.broken == nil || ch.pending != 0 {
+	if !l.refused || l.pending != 0 {
 		return
 	}
-	for n := max(ch.head, ch.named); n < ch.tail; n++ { // whichever were refused: all are answered
+	for n := max(ch.head, l.begin); n < l.end; n++ { // whichever were refused: all are answered
 		if en := ch.at(n); en.nameless {
 			en.nameless = false
 			ch.answered(en)
@@ -516,15 +553,11 @@ func (ch *Chain) takeNameless(a ack) {
 // expecting returns the event that a good ack without a name answers. A copy that is
 // stored is the one that could be: it alone follows the sequence before. What a
 // duplicate is stored at was never asked for. ch.mu is held.
-func (ch *Chain) expecting(a ack) (number uint64, ok bool) {
-	if !ch.good(a) || a.duplicate || a.sequence > ch.next {
+func (ch *Chain) expecting(l *lot, a ack) (number uint64, ok bool) {
+	if !ch.good(a) || a.duplicate {
 		return 0, false
 	}
-	back := ch.next - a.sequence
-	if back >= ch.tail-ch.named {
-		return 0, false
-	}
-	return ch.tail - 1 - back, true
+	return l.event(a.sequence)
 }
 
 // take judges an answer to the latest copy of an event. ch.mu is held.
@@ -544,8 +577,13 @@ func (ch *Chain) take(en *entry, a ack) {
 	ch.pop()
 }
 
+// ours reports whether our stream has answered. An error does not say of which domain.
+func (ch *Chain) ours(a ack) bool {
+	return string(a.stream) == ch.stream.Name && (a.code != 0 || string(a.domain) == ch.stream.Domain)
+}
+
 // good reports whether the answer says that our stream has the message.
-func (ch *Chain) good(a ack) bool { return a.code == 0 && string(a.stream) == ch.stream.Name }
+func (ch *Chain) good(a ack) bool { return a.code == 0 && ch.ours(a) }
 
 // complaint says what is wrong with the answer to a message that was to be stored at
 // the sequence.
@@ -553,8 +591,8 @@ func (ch *Chain) complaint(a ack, sequence uint64) (Reason, error) {
 	switch {
 	case a.code != 0:
 		return a.reason(), fmt.Errorf("the stream refuses a message: %s (JetStream error %d)", a.text, a.code)
-	case string(a.stream) != ch.stream.Name:
-		return Misrouted, fmt.Errorf("a publish was answered by stream %q instead of %q", a.stream, ch.stream.Name)
+	case !ch.ours(a):
+		return Misrouted, fmt.Errorf("a publish was answered by stream %q of domain %q instead of %q of %q", a.stream, a.domain, ch.stream.Name, ch.stream.Domain)
 	case a.sequence != sequence:
 		return Duplicate, fmt.Errorf("a message is stored at sequence %d, where it was not expected", a.sequence)
 	}
@@ -583,6 +621,9 @@ func (ch *Chain) release(en *entry) {
 	*en = entry{event: outbox.Event{Extra: en.event.Extra}}
 	ch.memory.release()
 	ch.head++
+	for len(ch.lots) > 0 && ch.lots[0].end <= ch.head && ch.lots[0].generation != ch.generation {
+		ch.lots = ch.lots[1:]
+	}
 	ch.changed.Broadcast()
 }
 

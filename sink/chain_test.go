@@ -342,8 +342,9 @@ func TestNamelessAnswers(t *testing.T) {
 	}
 }
 
-// Answers to copies that were sent again meanwhile: a refusal without a name may be that
-// of any of them; where a named one was stored, its message is the event's.
+// Answers to copies that were sent again meanwhile. A good one names its event, by its
+// sequence if by nothing else, and that event's message; a refusal without a name may be
+// that of any of them, until all are answered.
 func TestLateAnswers(t *testing.T) {
 	const refusal = `{"error":{"code":400,"err_code":10071,"description":"wrong last sequence: 1"},"stream":"EVENTS","seq":0}`
 	server := testenv.NATS(t, testenv.NATSOptions{})
@@ -352,43 +353,76 @@ func TestLateAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})
-	chain.broken = nil
-	chain.append(0, event(), event().Size())
-	r := resyncer{Chain: chain}
+	var r resyncer
 	answer := func(to reply, data string) {
-		chain.heard = time.Time{}
-		chain.answer(&nats.Msg{Subject: string(to.append(nil, chain.inbox)), Data: []byte(data)})
-		if chain.heard.IsZero() {
+		t.Helper()
+		r.heard = time.Time{}
+		r.answer(&nats.Msg{Subject: string(to.append(nil, r.inbox)), Data: []byte(data)})
+		if r.heard.IsZero() {
 			t.Error("an answer was not heard")
 		}
 	}
-	require := func(what string, maybe, doubtful bool) {
+	good := func(sequence int) string { return fmt.Sprintf(`{"stream":"EVENTS","seq":%d}`, sequence) }
+	require := func(what string, maybe, doubtful string) {
 		t.Helper()
-		if got := r.candidates()[0]; got.maybe != maybe || got.doubtful != doubtful {
-			t.Errorf("%s: maybe stored %v, in doubt %v; want %v, %v", what, got.maybe, got.doubtful, maybe, doubtful)
+		var gotMaybe, gotDoubtful string
+		for _, c := range r.candidates() {
+			gotMaybe += map[bool]string{true: "+", false: "-"}[c.maybe]
+			gotDoubtful += map[bool]string{true: "+", false: "-"}[c.doubtful]
+		}
+		if gotMaybe != maybe || gotDoubtful != doubtful {
+			t.Errorf("%s: maybe stored %s, in doubt %s; want %s, %s", what, gotMaybe, gotDoubtful, maybe, doubtful)
 		}
 	}
-	sendAgain := func() reply {
-		chain.generation++
-		chain.named, chain.pending, chain.next = chain.tail, 0, 0
-		to, _ := chain.place(0, time.Now())
-		return to
+	sendAgain := func() (first, second reply) {
+		r.generation++
+		r.named, r.next = r.tail, r.last
+		first, _ = r.place(0, time.Now())
+		second, _ = r.place(1, time.Now())
+		return first, second
+	}
+	begin := func() (first, second reply) { // a window of two events, to be stored at 1 and 2
+		r = resyncer{Chain: client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})}
+		r.broken = nil
+		first, _ = r.place(r.append(0, event(), event().Size()), time.Now())
+		second, _ = r.place(r.append(1, event(), event().Size()), time.Now())
+		return first, second
 	}
 
-	nameless, _ := chain.place(0, time.Now())
-	require("sent", true, false)
-	named := sendAgain()
+	nameless, _ := begin()
+	require("sent", "++", "--")
+	first, second := sendAgain()
 	answer(nameless, refusal)
-	require("sent again, and the first copy was perhaps refused", true, false)
-	answer(named, refusal)
-	require("the second copy was refused, too", true, true)
+	require("sent again, and one of the first copies was refused", "++", "--")
+	answer(first, refusal)
+	answer(second, refusal)
+	require("the second copies were refused, too", "++", "++")
+	answer(nameless, refusal)
+	require("all copies were refused", "--", "--")
 
-	named = sendAgain()
+	nameless, _ = begin()
+	first, second = sendAgain()
+	answer(first, refusal)
+	answer(second, refusal)
+	answer(nameless, refusal)
+	require("one of two unnamed was refused", "++", "++")
+	answer(nameless, good(2))
+	require("the other one was stored", "--", "--")
 	sendAgain()
-	answer(named, `{"stream":"EVENTS","seq":1}`)
-	tail := r.unknown([]message{{sequence: 1, gone: true}})
-	if tail[0].gone || tail[0].id != string(event().ID) {
+	if tail := r.unknown([]message{{sequence: 1, gone: true}, {sequence: 2, gone: true}}); !tail[0].gone || tail[1].gone {
+		t.Errorf("the message at 2 alone is the second event's: %+v", tail)
+	}
+	r.last = 2
+	sendAgain()
+	if r.at(1).twin != 0 {
+		t.Error("a message that was accounted for is still to be looked for")
+	}
+
+	begin()
+	first, _ = sendAgain()
+	sendAgain()
+	answer(first, good(1))
+	if tail := r.unknown([]message{{sequence: 1, gone: true}}); tail[0].gone || tail[0].id != string(event().ID) {
 		t.Errorf("message 1 is not the event's: %+v", tail[0])
 	}
 }

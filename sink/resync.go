@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"outbox-relay/internal/wait"
@@ -284,10 +285,17 @@ func (r *resyncer) candidates() []candidate {
 		en := r.at(n)
 		events = append(events, candidate{
 			id: en.event.MessageID(), maybe: en.copies > 0 || en.stored || r.inherited(en),
-			doubtful: en.nameless && n < r.doubt && en.copies == 1 && !en.stored,
+			doubtful: en.nameless && en.copies == 1 && !en.stored && r.doubted(n),
 		})
 	}
 	return events
+}
+
+// doubted reports whether the event's nameless copy may be one that was refused.
+// r.mu is held.
+func (r *resyncer) doubted(number uint64) bool {
+	i := slices.IndexFunc(r.lots, func(l lot) bool { return number < l.end })
+	return i >= 0 && r.lots[i].refused
 }
 
 // apply takes the verdict over into the window, whose head was base when it
@@ -368,7 +376,7 @@ func (r *resyncer) resend(stream Stream) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.generation++
-	r.named, r.pending = r.tail, 0
+	r.named = r.tail
 	r.next = r.last // acks may have come since the stream was looked at
 	r.probing = false
 	r.broken = nil // an answer to what is sent now may break the chain again

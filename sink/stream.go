@@ -42,6 +42,7 @@ const (
 // Stream is what the stream's leader says of it.
 type Stream struct {
 	Name       string
+	Domain     string    // of JetStream; empty: the server has none
 	Created    time.Time // microseconds, as Postgres keeps it
 	Begin      uint64    // sequence of its first message ever, where its configuration says; else 0
 	First      uint64    // sequences below it are gone
@@ -83,6 +84,7 @@ func (c *Client) OpenStream(ctx context.Context, owner StreamConfig) (Stream, er
 func stream(info *jetstream.StreamInfo) Stream {
 	s := Stream{
 		Name:       info.Config.Name,
+		Domain:     info.Domain,
 		Created:    info.Created.UTC().Truncate(time.Microsecond),
 		Begin:      info.Config.FirstSeq,
 		First:      info.State.FirstSeq,
