@@ -36,9 +36,9 @@ func (e *HaltError) Error() string {
 func passes(err error) bool {
 	for _, passing := range []error{
 		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrNoSlot, replication.ErrEnded, errSlotFree,
-		sink.ErrForgotten, sink.ErrStrangers, errRecovery, errTwoServers, errMissed, errSlotLost,
+		sink.ErrForgotten, sink.ErrStrangers, sink.ErrClosed, errRecovery, errTwoServers, errMissed, errSlotLost,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded, context.DeadlineExceeded,
-		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionReconnecting,
+		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionClosed, nats.ErrConnectionReconnecting,
 		nats.ErrReconnectBufExceeded, nats.ErrNoServers, nats.ErrStaleConnection, jetstream.ErrNoStreamResponse,
 	} {
 		if errors.Is(err, passing) {

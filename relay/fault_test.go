@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -623,4 +624,20 @@ func TestWarningsOfTriggers(t *testing.T) {
 	if strings.Contains(r.Logs(), "waiting to start again") {
 		t.Fatalf("a session was lost:\n%s", r.Logs())
 	}
+}
+
+// A server whose max_payload was lowered ends the connection of who sends more, and the
+// client library does not come back from that.
+func TestMaxPayloadIsLowered(t *testing.T) {
+	b := setup(t)
+	b.streaming(noWindow)
+	ids := b.insert(10)
+	b.requireStatus("published", ids)
+	b.nats.Reload(func(o *server.Options) { o.MaxPayload = 100_000 })
+	bad := b.text(`insert into events (aggregate_type, event_type, payload)
+		values ('order', 'created', to_jsonb(repeat('x', 200000))) returning id`)
+	ids = append(ids, b.insert(10)...)
+	b.requireStatus("published", ids)
+	b.requireStatus("failed", []string{bad})
+	b.requireStream(ids)
 }

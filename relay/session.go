@@ -217,20 +217,21 @@ func (s *session) checkSameServer(ctx context.Context, sql *pgx.Conn) error {
 	return nil
 }
 
-// connectStream connects to NATS once for the life of the relay, and opens the
-// stream.
+// connectStream connects to NATS, unless an earlier session has, and opens the stream.
 func (s *session) connectStream(ctx context.Context) error {
 	config := s.relay.config.Sink(s.system)
 	config.Stream.Create = config.Stream.Create && !s.known
 	s.message = config.Message
 	s.message.Columns = s.table.Columns
 	client := s.relay.client.Load()
-	if client == nil {
+	if client == nil || client.Closed() {
 		var err error
 		if client, err = sink.Connect(ctx, config, s.log); err != nil {
 			return err
 		}
-		s.relay.client.Store(client)
+		if old := s.relay.client.Swap(client); old != nil {
+			old.Close()
+		}
 		s.relay.metrics.inflightLimit.Set(float64(config.MaxInflight))
 		s.relay.metrics.bytesLimit.Set(float64(config.MaxBytes))
 	}

@@ -70,8 +70,9 @@ type Chain struct {
 	limit    int    // of a message, in bytes
 	inbox    string // prefix of the subjects that this chain's acks come on
 
-	heritage Heritage
-	began    time.Time
+	heritage  Heritage
+	began     time.Time
+	lookEvery time.Duration
 
 	sending chan struct{} // holds a token while messages are sent, and for the whole of a resync
 	builder *builder      // whoever has the token
@@ -134,6 +135,10 @@ func (l *lot) event(sequence uint64) (number uint64, ok bool) {
 // alone.
 const probeAfter = 10 * time.Millisecond
 
+// lookEvery is how often the stream is looked at while all goes well: it may have been
+// changed into one that acknowledges what it does not keep.
+const lookEvery = 30 * time.Second
+
 // Heritage is what an earlier chain may have sent that has not landed yet: the
 // first events behind the checkpoint, at most so many, up to an LSN.
 type Heritage struct {
@@ -165,7 +170,7 @@ func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 		builder: newBuilder(from.Message),
 		ring:    make([]entry, 64),
 		last:    from.Stream.Last, next: from.Stream.Last,
-		foreign: from.Foreign, heritage: from.Heritage, began: time.Now(),
+		foreign: from.Foreign, heritage: from.Heritage, began: time.Now(), lookEvery: lookEvery,
 		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
 	}
@@ -176,7 +181,7 @@ func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 }
 
 // Run settles whatever goes wrong until ctx ends. Any other error is final:
-// ErrStream, ErrForgotten, ErrStrangers, *AmbiguousError, or what Outcomes
+// ErrStream, ErrForgotten, ErrStrangers, ErrClosed, *AmbiguousError, or what Outcomes
 // returned.
 func (ch *Chain) Run(ctx context.Context) error {
 	acks, err := ch.client.nc.Subscribe(ch.inbox+">", ch.answer)
@@ -190,14 +195,19 @@ func (ch *Chain) Run(ctx context.Context) error {
 	ch.client.chain.Store(ch)
 	defer ch.client.chain.CompareAndSwap(ch, nil)
 	ch.begin(ch.client.nc.FlushTimeout(requestTimeout))
-	tick := time.NewTicker(time.Second)
+	tick, look := time.NewTicker(time.Second), time.NewTicker(ch.lookEvery)
 	defer tick.Stop()
+	defer look.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-tick.C:
 			ch.checkSilence(time.Now())
+		case <-look.C:
+			if err := ch.Refresh(ctx); errors.Is(err, ErrStream) && !errors.Is(err, ErrNoStream) {
+				return err
+			}
 		case <-ch.trouble:
 			if ch.Broken() == nil {
 				continue // settled by the resync before

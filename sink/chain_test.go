@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 
@@ -424,5 +427,91 @@ func TestLateAnswers(t *testing.T) {
 	answer(first, good(1))
 	if tail := r.unknown([]message{{sequence: 1, gone: true}}); tail[0].gone || tail[0].id != string(event().ID) {
 		t.Errorf("message 1 is not the event's: %+v", tail[0])
+	}
+}
+
+// A stream that is changed under a running chain into one that keeps nothing, and
+// acknowledges all the same, ends it.
+func TestStreamMadeUnfit(t *testing.T) {
+	server := testenv.NATS(t, testenv.NATSOptions{})
+	client := connectTo(t, chainConfig(server.URL(), 1))
+	stream, err := client.OpenStream(t.Context(), client.config.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})
+	chain.lookEvery = 10 * time.Millisecond
+	ended := make(chan error, 1)
+	go func() { ended <- chain.Run(t.Context()) }()
+	if err := chain.Publish(t.Context(), 0, event()); err != nil {
+		t.Fatal(err)
+	}
+	if err := chain.Drain(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	js := admin(t, server)
+	s, err := js.Stream(t.Context(), owner.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := s.CachedInfo().Config
+	config.Retention = jetstream.InterestPolicy
+	if _, err := js.UpdateStream(t.Context(), config); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-ended; !errors.Is(err, ErrStream) {
+		t.Errorf("the chain ended with %v", err)
+	}
+}
+
+// A stream of the same name in another JetStream domain takes the same messages, by way
+// of a leaf node. Its answers are not the stream's.
+func TestAnswersOfAnotherDomain(t *testing.T) {
+	port := testenv.FreePort(t)
+	hub := testenv.NATS(t, testenv.NATSOptions{Edit: func(o *server.Options) {
+		o.ServerName, o.JetStreamDomain = "hub", "hub"
+		o.LeafNode.Host, o.LeafNode.Port = "127.0.0.1", port
+	}})
+	leaf := testenv.NATS(t, testenv.NATSOptions{Edit: func(o *server.Options) {
+		o.ServerName, o.JetStreamDomain = "leaf", "leaf"
+		o.LeafNode.Remotes = []*server.RemoteLeafOpts{{URLs: []*url.URL{{Scheme: "nats", Host: fmt.Sprintf("127.0.0.1:%d", port)}}}}
+	}})
+	other := connectTo(t, chainConfig(hub.URL(), 1))
+	elsewhere, err := other.OpenStream(t.Context(), other.config.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := connectTo(t, chainConfig(leaf.URL(), 1))
+	stream, err := client.OpenStream(t.Context(), client.config.Stream)
+	if err != nil {
+		t.Fatal(err)
+	}
+	testenv.Eventually(t, "the hub's stream to take what is published at the leaf", func() bool {
+		answer, err := client.nc.Request("events.order.placed", nil, time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if elsewhere, err = other.OpenStream(t.Context(), other.config.Stream); err != nil {
+			t.Fatal(err)
+		}
+		return strings.Contains(string(answer.Data), "EVENTS") && elsewhere.Last > 0
+	})
+	// Both end at the same sequence, so that each takes the next event.
+	if err := admin(t, leaf).DeleteStream(t.Context(), owner.Name); err != nil {
+		t.Fatal(err)
+	}
+	stream.Last = elsewhere.Last
+	chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})
+	ended := make(chan error, 1)
+	go func() { ended <- chain.Run(t.Context()) }()
+	if err := chain.Publish(t.Context(), 0, event()); err != nil {
+		t.Fatal(err)
+	}
+	chain.Flush()
+	if err := <-ended; !errors.Is(err, ErrNoStream) || chain.Settled() != 0 {
+		t.Errorf("the chain ended with %v, and has settled %d events", err, chain.Settled())
+	}
+	if elsewhere, err = other.OpenStream(t.Context(), other.config.Stream); err != nil || elsewhere.Last != stream.Last+1 {
+		t.Errorf("the other stream has not taken the event: %+v, %v", elsewhere, err)
 	}
 }

@@ -4,6 +4,7 @@
 package sink
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -107,7 +108,7 @@ func (c *Client) options() []nats.Option {
 		nats.DisconnectErrHandler(func(_ *nats.Conn, err error) {
 			c.wire.disconnected()
 			if err == nil {
-				return // closed by us
+				return // it was closed
 			}
 			c.log.Warn("connection to NATS lost", "error", err)
 			if chain := c.chain.Load(); chain != nil {
@@ -120,6 +121,11 @@ func (c *Client) options() []nats.Option {
 			c.log.Info("connected to NATS again", "server", nc.ConnectedUrlRedacted())
 			if chain := c.chain.Load(); chain != nil {
 				chain.reconnected()
+			}
+		}),
+		nats.ClosedHandler(func(*nats.Conn) {
+			if chain := c.chain.Load(); chain != nil {
+				chain.fail(c.closed())
 			}
 		}),
 		nats.ErrorHandler(c.asyncError),
@@ -238,6 +244,18 @@ func parseVersion(text string) (version [3]int, err error) {
 		err = fmt.Errorf("parse version %q: %w", text, err)
 	}
 	return version, err
+}
+
+// ErrClosed says that the client library has given the connection up, as it does after
+// an error of the server that it does not know. A new Client is needed.
+var ErrClosed = errors.New("the connection to NATS is closed")
+
+// Closed reports whether the connection has ended for good.
+func (c *Client) Closed() bool { return c.nc.IsClosed() }
+
+// closed says why it has.
+func (c *Client) closed() error {
+	return fmt.Errorf("%w: %w", ErrClosed, cmp.Or(c.nc.LastError(), nats.ErrConnectionClosed))
 }
 
 // Connected reports whether the connection stands.

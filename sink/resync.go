@@ -124,7 +124,7 @@ func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2) }
 func final(err error) bool {
 	var ambiguous *AmbiguousError
 	var outcome *outcomeError
-	return errors.Is(err, ErrStream) || errors.Is(err, ErrForgotten) || errors.Is(err, ErrStrangers) || errors.As(err, &ambiguous) || errors.As(err, &outcome)
+	return errors.Is(err, ErrStream) || errors.Is(err, ErrForgotten) || errors.Is(err, ErrStrangers) || errors.Is(err, ErrClosed) || errors.As(err, &ambiguous) || errors.As(err, &outcome)
 }
 
 // outcomeError is an error of Outcomes, which ends the chain.
@@ -141,7 +141,10 @@ type resyncer struct {
 
 // try makes one attempt. Without an error and not done, it is to be called again.
 func (r *resyncer) try(ctx context.Context) (done bool, err error) {
-	if !r.client.Connected() {
+	switch {
+	case r.client.Closed():
+		return false, r.client.closed()
+	case !r.client.Connected():
 		return false, nats.ErrDisconnected
 	}
 	if err := r.settle(ctx, settleWait); err != nil {

@@ -93,6 +93,15 @@ func (n *NATSServer) Stop() {
 	}
 }
 
+// Reload changes options of the running server, as a reload of its configuration does.
+func (n *NATSServer) Reload(edit func(*server.Options)) {
+	n.tb.Helper()
+	edit(&n.options)
+	if err := n.server.ReloadOptions(n.options.Clone()); err != nil {
+		n.tb.Fatalf("reload NATS server %s: %v", n.options.ServerName, err)
+	}
+}
+
 // Restart starts the server on the same port and store, having stopped it if it
 // ran, and returns when it accepts connections.
 func (n *NATSServer) Restart() {
