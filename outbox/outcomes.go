@@ -75,14 +75,23 @@ func (t Table) recordPublished(e *checkpoint.Effects, ids []string, r *Recorded)
 		sent as materialized (select unnest(@published::text[]) as id from advanced),
 		seen as (select sent.id, e.status from %[1]s e join sent on sent.id = %[4]s),
 		free as materialized (select sent.id from %[1]s e join sent on sent.id = %[4]s where e.status = 'pending'
-			for no key update of e skip locked),
+			for %[5]s of e skip locked),
 		written as (%[2]s returning 1),
 		locked as (insert into %[3]s (slot, id, outcome)
 			select @slot, id, 'published' from seen where status = 'pending' and id not in (select id from free)
-			on conflict (slot, id) do nothing returning 1)`, t, t.published("free"), t.leftovers(), t.id("e"))
+			on conflict (slot, id) do nothing returning 1)`, t, t.published("free"), t.leftovers(), t.id("e"), t.lock())
 	e.Result += `, (select count(*) from written), (select count(*) from locked)`
 	e.Dest = append(e.Dest, &r.Published, &r.PublishedLocked)
 	r.sent = len(ids)
+}
+
+// lock is what published needs. A deletion waits for a foreign key's lock too, so
+// SKIP LOCKED has to pass over that.
+func (t Table) lock() string {
+	if t.Mode == Delete {
+		return "update"
+	}
+	return "no key update"
 }
 
 // published writes the outcome of the rows whose ids stand in source.
@@ -129,7 +138,7 @@ func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 			where l.slot = @slot and l.waiting order by random() limit 1000),
 		seen as (select due.id, e.status from %[1]s e join due on due.id = %[5]s),
 		free as materialized (select due.id, due.outcome, due.reason from %[1]s e join due on due.id = %[5]s
-			where e.status = 'pending' for no key update of e skip locked),
+			where e.status = 'pending' for %[6]s of e skip locked),
 		sent as (select id from free where outcome = 'published'),
 		bad as (select id, reason from free where outcome = 'failed'),
 		written as (%[2]s returning 1),
@@ -139,7 +148,7 @@ func (t Table) Leftovers(waiting *int) checkpoint.Effects {
 		settled as (delete from %[3]s l using due where l.slot = @slot and l.id = due.id
 			and l.id not in (select id from seen where status = 'pending' and id not in (select id from free))
 			and (due.outcome = 'published' or l.id in (select id from seen))
-			returning 1)`, t, t.published("sent"), t.leftovers(), t.failed("bad"), t.id("e")),
+			returning 1)`, t, t.published("sent"), t.leftovers(), t.failed("bad"), t.id("e"), t.lock()),
 		Result: fmt.Sprintf(`, (select count(*) from %s where slot = @slot and waiting) - (select count(*) from settled) - (select count(*) from orphans)`, t.leftovers()),
 		Dest:   []any{waiting},
 	}

@@ -216,8 +216,8 @@ func TestOutcomesInKeepMode(t *testing.T) {
 	b.requireStatus(ids[1], "failed failed_at 1 {bad}")
 }
 
-// An application that holds a foreign key's lock on the row does not bar its
-// outcome: that changes no key.
+// An application that holds a foreign key's lock on the row does not bar an
+// outcome that changes no key.
 func TestKeyShareBarsNothing(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
@@ -225,6 +225,30 @@ func TestKeyShareBarsNothing(t *testing.T) {
 	release := b.lock("key share", ids...)
 	defer release()
 	requireCounts(t, b.record(b.claimed(), stored(ids[0])), outbox.Recorded{Published: 1}, 0)
+}
+
+// It bars a deletion, which passes it over as any other lock, and waits for none.
+func TestKeyShareBarsADeletion(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	b.table.Mode = outbox.Delete
+	s := b.claimed()
+	_, err := b.relay.Exec(t.Context(), `set lock_timeout = '1s'`) // who waits fails
+	b.must(err)
+	ids := b.insert(3)
+	release := b.lock("key share", ids[1])
+	requireCounts(t, b.record(s, stored(ids[0]), stored(ids[1]), stored(ids[2])), outbox.Recorded{Published: 2, PublishedLocked: 1}, 0)
+	var waiting int
+	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	if waiting != 1 {
+		t.Errorf("%d wait, want 1", waiting)
+	}
+	release()
+	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	b.requireStatus(ids[1], "")
+	if got := b.leftovers(); got != "" || waiting != 0 {
+		t.Errorf("leftovers %s, %d wait", got, waiting)
+	}
 }
 
 // What the application did to a locked row before it let go of it is its answer.
