@@ -102,6 +102,8 @@ func (t Table) published(source string) string {
 	return fmt.Sprintf(`update %s e set status = 'published', published_at = now() from %s f where %s = f.id`, t, source, t.id("e"))
 }
 
+// An orphan can be noted already, without the event, by Park. DISTINCT ON: one
+// command can't come twice upon the same leftover.
 func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string, r *Recorded) {
 	e.Args["failed"], e.Args["reasons"], e.Args["events"] = ids, reasons, events
 	e.CTE += fmt.Sprintf(`,
@@ -114,10 +116,10 @@ func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string
 			select @slot, b.id, 'failed', b.reason, b.event::jsonb from bad b join badseen s on s.id = b.id
 			where s.status = 'pending' and b.id not in (select id from badfree)
 			on conflict (slot, id) do nothing returning 1),
-		orphans as (insert into %[3]s (slot, id, outcome, reason, event, waiting)
-			select @slot, b.id, 'failed', b.reason, b.event::jsonb, false from bad b
+		orphans as (insert into %[3]s as l (slot, id, outcome, reason, event, waiting)
+			select distinct on (b.id) @slot, b.id, 'failed', b.reason, b.event::jsonb, false from bad b
 			where b.id not in (select id from badseen)
-			on conflict (slot, id) do nothing returning 1)`, t, t.failed("badfree"), t.leftovers(), t.id("e"))
+			on conflict (slot, id) do update set event = excluded.event where l.outcome = 'failed' and l.event is null returning 1)`, t, t.failed("badfree"), t.leftovers(), t.id("e"))
 	e.Result += `, (select count(*) from parked), (select count(*) from badlocked), (select count(*) from orphans)`
 	e.Dest = append(e.Dest, &r.Failed, &r.FailedLocked, &r.Kept)
 }

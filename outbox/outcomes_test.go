@@ -181,6 +181,19 @@ func TestRejectedEventWithoutARowIsKeptWhole(t *testing.T) {
 	}
 }
 
+// An event that was parked by hand without its row is completed when the relay
+// passes it, also where its id was used twice.
+func TestParkedByHandIsKeptWhole(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	_, _, err := b.table.Park(t.Context(), b.relay, "gone", "not ours")
+	b.must(err)
+	requireCounts(t, b.record(b.claimed(), parked("gone", "a reason"), parked("gone", "a reason")), outbox.Recorded{Kept: 1}, 0)
+	if got := get[string](b, `select concat_ws(' ', outcome, reason, waiting, event ->> 'id') from outbox_relay_leftovers`); got != "failed not ours f gone" {
+		t.Errorf("the leftover is %s", got)
+	}
+}
+
 func TestOutcomesInDeleteMode(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
