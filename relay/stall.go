@@ -39,6 +39,11 @@ type watch struct {
 	answered time.Time // when the recorder last had an answer
 }
 
+// newWatch begins now: nothing has been still, or silent, before.
+func newWatch(limit time.Duration, now time.Time) *watch {
+	return &watch{limit: limit, moved: now, answered: now}
+}
+
 // sample is how far a pipeline is.
 type sample struct {
 	read, settled, recorded uint64 // events
@@ -57,7 +62,7 @@ func (p *pipeline) sample() sample {
 func (p *pipeline) watch(ctx context.Context) error {
 	defer p.relay.stalled.Store(nil)
 	defer p.relay.invisible.Store(false)
-	w := watch{limit: p.relay.config.StallAfter}
+	w := newWatch(p.relay.config.StallAfter, time.Now())
 	for {
 		now := time.Now()
 		p.tellStall(w.look(now, p.sample()))

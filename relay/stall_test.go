@@ -27,14 +27,26 @@ func TestStall(t *testing.T) {
 			return sample{read: 99, recorded: uint64(s / 14), rounds: uint64(s), waits: s < 14}
 		}, ""},
 	} {
-		w := watch{limit: 10 * time.Second}
 		began := time.Now()
+		w := newWatch(10*time.Second, began)
 		var got string
 		for second := range 16 {
 			got = w.look(began.Add(time.Duration(second)*time.Second), c.at(second))
 		}
 		if c.want == "" && got != "" || !strings.Contains(got, c.want) {
 			t.Errorf("%s: got %q, want %q", name, got, c.want)
+		}
+	}
+}
+
+// A session that starts under load has events to record before Postgres has
+// answered, and is not stalled.
+func TestNoStallAtTheStart(t *testing.T) {
+	began := time.Now()
+	w := newWatch(time.Minute, began)
+	for _, at := range []time.Duration{0, time.Minute} {
+		if why := w.look(began.Add(at), sample{read: 1}); why != "" {
+			t.Errorf("after %s: %s", at, why)
 		}
 	}
 }
