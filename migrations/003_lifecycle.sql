@@ -240,7 +240,7 @@ begin
         join pg_catalog.pg_class as c on c.oid = i.inhrelid,
         -- Null for the default partition and for MAXVALUE. A time without zone
         -- has passed when it has passed everywhere on earth.
-        lateral (select substring(pg_catalog.pg_get_expr(c.relpartbound, c.oid) from 'TO \(''([^'']*)''\)$')::timestamptz
+        lateral (select substring(pg_catalog.pg_get_expr(c.relpartbound, c.oid) from 'TO [(]''([^'']*)''[)]$')::timestamptz
                             + case when key = 'timestamptz'::regtype then interval '0' else interval '12 hours' end as ends) as bound
         where i.inhparent = outbox and not i.inhdetachpending and c.relkind = 'r' and c.relowner = me and bound.ends <= until
         order by bound.ends

@@ -197,7 +197,7 @@ func TestDropPartitions(t *testing.T) {
 			create table y2020a partition of y2020 for values from ('2020-01-01') to ('2020-07-01')`, kept: true},
 		"needed by a view":   {harm: "create view v as select * from y2020", kept: true},
 		"in another schema":  {harm: `create schema "Old"; alter table y2020 set schema "Old"`},
-		"session's settings": {harm: "set timezone = 'Pacific/Auckland'; set datestyle = 'SQL, DMY'; set search_path = pg_temp, public"},
+		"session's settings": {harm: "set timezone = 'Pacific/Auckland'; set datestyle = 'SQL, DMY'; set search_path = pg_temp, public; set standard_conforming_strings = off"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

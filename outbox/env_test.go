@@ -7,6 +7,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/migrations"
 	"outbox-relay/outbox"
@@ -24,7 +25,12 @@ type bundle struct {
 
 func setup(t *testing.T) *bundle {
 	t.Helper()
-	b := &bundle{T: t, url: testenv.Database(t, testenv.Postgres(t)),
+	return setupOn(t, testenv.Postgres(t))
+}
+
+func setupOn(t *testing.T, cluster *pgserver.Cluster) *bundle {
+	t.Helper()
+	b := &bundle{T: t, url: testenv.Database(t, cluster),
 		table: outbox.Table{Schema: "public", Name: "events", Publication: "outbox_relay", Slot: "slot", Mode: outbox.Mark}}
 	b.migrate()
 	b.relay, b.sql = b.connect(), b.connect()

@@ -35,7 +35,7 @@ func ReadRoom(ctx context.Context, conn *pgx.Conn) (r Room, err error) {
 			(select count(*) from pg_catalog.pg_replication_slots where slot_type = 'physical' and active),
 			coalesce(current_setting('synchronized_standby_slots', true), ''),
 			array(select n.name from pg_catalog.regexp_split_to_table(nullif(
-					current_setting('synchronized_standby_slots', true), ''), '\s*,\s*') as n(name)
+					current_setting('synchronized_standby_slots', true), ''), '[[:space:]]*,[[:space:]]*') as n(name)
 				left join pg_catalog.pg_replication_slots s on s.slot_name = pg_catalog.btrim(n.name, '" ')
 				where s.active is not true)`).
 		Scan(&r.MaxSlots, &r.Slots, &r.MaxSenders, &r.Senders, &r.KeepSize, &r.IdleTimeout, &r.Standbys, &r.Synchronized, &r.Away)

@@ -44,7 +44,7 @@ func (t Table) State(ctx context.Context, conn *pgx.Conn) (State, error) {
 			pg_catalog.pg_current_wal_insert_lsn()::text,
 			(select min(coalesce(s.restart_lsn, '0/0'))::text
 				from pg_catalog.regexp_split_to_table(nullif(
-					pg_catalog.current_setting('synchronized_standby_slots', true), ''), '\s*,\s*') as n(name)
+					pg_catalog.current_setting('synchronized_standby_slots', true), ''), '[[:space:]]*,[[:space:]]*') as n(name)
 				left join pg_catalog.pg_replication_slots s on s.slot_name = pg_catalog.btrim(n.name, '" '))`,
 		t.Publication, t.String()).Scan(&snapshot, &s.Publication, &s.Unlogged, &walEnd, &standbys)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/testenv"
 	"outbox-relay/outbox"
 )
 
@@ -151,6 +152,29 @@ func TestStateWAL(t *testing.T) {
 	}
 	if after.Standbys != outbox.NoStandbys {
 		t.Errorf("standbys at %s", after.Standbys)
+	}
+}
+
+// Standbys are found however people name them, and whatever the role does to
+// backslashes: one that is not found would hold every confirmation up.
+func TestStandbysAsPeopleNameThem(t *testing.T) {
+	t.Parallel()
+	b := setupOn(t, testenv.OwnPostgresSince(t, 17, map[string]string{"synchronized_standby_slots": `nodes, "standby"`}))
+	b.exec(`select pg_create_physical_replication_slot(name, true) from unnest('{nodes, standby}'::text[]) name`)
+	for _, setting := range []string{"on", "off"} {
+		conn := b.connect() // a statement that is prepared is not read again
+		_, err := conn.Exec(t.Context(), `set standard_conforming_strings = `+setting)
+		b.must(err)
+		state, err := b.table.State(t.Context(), conn)
+		b.must(err)
+		if state.Standbys == 0 || state.Standbys == outbox.NoStandbys {
+			t.Errorf("%s: standbys at %s", setting, state.Standbys)
+		}
+		room, err := outbox.ReadRoom(t.Context(), conn)
+		b.must(err)
+		if want := []string{"nodes", `"standby"`}; !slices.Equal(room.Away, want) {
+			t.Errorf("%s: %q are away, want %q", setting, room.Away, want)
+		}
 	}
 }
 

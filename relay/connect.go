@@ -48,6 +48,7 @@ func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
 		"default_transaction_isolation": "read committed",
 		"synchronous_commit":            "on",
 		"plan_cache_mode":               "force_custom_plan",
+		"standard_conforming_strings":   "on",
 		"client_encoding":               "UTF8",
 		"TimeZone":                      "UTC",
 		"DateStyle":                     "ISO, MDY",
