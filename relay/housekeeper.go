@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -70,6 +71,7 @@ type housekeeper struct {
 	table  outbox.Table
 	layout outbox.Layout
 	limits limits
+	record sync.Locker // locked: the recorder does nothing, and has no lock in Postgres
 	log    *slog.Logger
 
 	chores []*chore
@@ -81,6 +83,7 @@ type housekeeper struct {
 	removed int    // rows, since that was last told
 	told    time.Time
 	notice  string // the last one
+	noticed bool   // there was one since partitions were last dropped
 
 	place outbox.Failure       // retries: up to which this pass has looked
 	unfit map[string]time.Time // ids of failed rows that could not be sent, and when that was seen
@@ -95,9 +98,9 @@ type chore struct {
 }
 
 // newHousekeeper returns the housekeeper of a session; nothing runs before run.
-func newHousekeeper(s *session, limits limits) *housekeeper {
+func newHousekeeper(s *session, limits limits, record sync.Locker) *housekeeper {
 	h := &housekeeper{relay: s.relay, config: s.relay.config.Housekeeping, table: s.table, layout: s.layout, limits: limits,
-		log: s.log, unfit: map[string]time.Time{}}
+		record: record, log: s.log, unfit: map[string]time.Time{}}
 	if h.config.Retention > 0 {
 		h.chores = append(h.chores, &chore{name: "retention", do: h.retain})
 	}
@@ -176,6 +179,7 @@ func (h *housekeeper) connect(ctx context.Context) error {
 	}
 	config.RuntimeParams["lock_timeout"] = "1s"
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
+		h.noticed = true
 		if notice.Message != h.notice { // what is in use for long is told once
 			h.notice = notice.Message
 			h.log.Info("Postgres has a word about housekeeping", "notice", notice.Message)
@@ -209,7 +213,17 @@ func (h *housekeeper) retain(ctx context.Context) (time.Duration, error) {
 	return h.remove(ctx)
 }
 
+// drop drops old partitions. The function that does so locks a partition, reads it,
+// and then locks the table. Meanwhile the recorder locks the table and waits for the
+// partition, always so where events come steadily: the table is in use, for ever.
+// The function notices only what could go otherwise; then the recorder is held back
+// the next time, and has no lock at all.
 func (h *housekeeper) drop(ctx context.Context) (time.Duration, error) {
+	if h.noticed {
+		h.record.Lock()
+		defer h.record.Unlock()
+	}
+	h.noticed = false
 	dropped, err := h.table.DropPartitions(ctx, h.conn, h.config.Retention)
 	if err != nil {
 		return 0, err

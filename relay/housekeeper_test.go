@@ -105,7 +105,7 @@ func (h *house) keeper(keeping Housekeeping) *housekeeper {
 	r.state.Store(Streaming)
 	layout, err := table.Inspect(h.Context(), h.sql)
 	h.must(err)
-	return newHousekeeper(&session{relay: r, table: table, layout: layout, log: log}, h.limits)
+	return newHousekeeper(&session{relay: r, table: table, layout: layout, log: log}, h.limits, &sync.Mutex{})
 }
 
 func (h *house) must(err error) {

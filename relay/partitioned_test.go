@@ -53,3 +53,29 @@ func TestPartitionedOutbox(t *testing.T) {
 		})
 	}
 }
+
+// An old partition goes while events come steadily, however long it takes to read:
+// the recorder, which waits for it meanwhile, does not keep it for ever.
+func TestOldPartitionIsDroppedUnderLoad(t *testing.T) {
+	b := setupEmpty(t, testenv.Postgres(t), testenv.NATSOptions{})
+	if code := testenv.StartRelay(t, b.with(), "migrate", "--partitioned").Wait(time.Minute); code != 0 {
+		t.Fatalf("migrate ends with %d", code)
+	}
+	b.grant()
+	b.exec(`create table old partition of events for values from ('2024-01-01') to ('2024-02-01')`)
+	const lockedAndRead = "doomed := doomed || part.name;"
+	b.exec(`do $$ begin execute replace(pg_get_functiondef('outbox_relay_drop_partitions'::regproc), '` + lockedAndRead + `',
+		'perform pg_sleep(0.5); ` + lockedAndRead + `'); end $$`)
+	if b.count(`select count(*) from pg_proc where proname = 'outbox_relay_drop_partitions' and prosrc like '%pg_sleep%'`) != 1 {
+		t.Fatal("reading takes no longer")
+	}
+	r := b.streaming("RETENTION=10s")
+	var ids []string
+	testenv.Eventually(t, "the old partition gone", func() bool {
+		ids = append(ids, b.insert(1)...)
+		return b.count(`select count(*) from pg_class where relname = 'old'`) == 0
+	})
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	requireLeaves(t, r)
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -47,6 +48,8 @@ type recorder struct {
 	calm      calmer
 
 	inflight func() (events, bytes int) // of the chain
+
+	working sync.Mutex // held while the connection is used: else it has no lock in Postgres
 
 	walEnd atomic.Uint64 // at the last look
 	rounds atomic.Uint64 // how often Postgres has answered
@@ -131,7 +134,9 @@ func (r *recorder) rest(ctx context.Context, full bool) error {
 
 // serve does what was asked for.
 func (r *recorder) serve(ctx context.Context, req request) {
+	r.working.Lock()
 	err := req.do(ctx)
+	r.working.Unlock()
 	r.rounds.Add(1)
 	req.done <- err
 }
@@ -189,7 +194,9 @@ func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Conte
 // attempt makes a round, and retries what can pass while the connection holds:
 // a Postgres that refuses writes for a while holds back only the LSN.
 func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
+	r.working.Lock()
 	full, err = r.round(ctx)
+	r.working.Unlock()
 	r.rounds.Add(1)
 	switch {
 	case err == nil:

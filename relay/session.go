@@ -337,7 +337,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 	group, work := errgroup.WithContext(work)
 	group.Go(func() error { return p.chain.Run(work) })
 	group.Go(func() error { return recorder.run(work) })
-	group.Go(func() error { return newHousekeeper(s, p.chain).run(work) })
+	group.Go(func() error { return newHousekeeper(s, p.chain, &recorder.working).run(work) })
 	group.Go(func() error { return p.watch(work) })
 
 	reading, stop := context.WithCancel(ctx)
