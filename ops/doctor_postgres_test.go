@@ -404,8 +404,9 @@ func TestDoctorSeesAPooler(t *testing.T) {
 	const remedy = "OUTBOX_POSTGRES_URL"
 	d.requireLine(ailment{check: "postgres.connection", state: "fault", words: []string{"unsupported startup parameter", "connection pooler", remedy}},
 		through("")["postgres.connection"])
-	lines := through("lock_timeout,statement_timeout,idle_session_timeout,default_transaction_isolation,default_transaction_read_only,synchronous_commit,plan_cache_mode," +
-		"standard_conforming_strings,tcp_keepalives_idle,tcp_keepalives_interval,tcp_keepalives_count,search_path,extra_float_digits")
+	lines := through("lock_timeout,statement_timeout,idle_session_timeout,idle_in_transaction_session_timeout,default_transaction_isolation,default_transaction_read_only," +
+		"synchronous_commit,plan_cache_mode,standard_conforming_strings,client_min_messages," +
+		"tcp_keepalives_idle,tcp_keepalives_interval,tcp_keepalives_count,search_path,extra_float_digits")
 	d.requireLine(ailment{check: "postgres.pooler", state: "warning", words: []string{"a pooler or proxy answers", remedy}}, lines["postgres.pooler"])
 	d.requireLine(ailment{check: "postgres.replication", state: "fault", words: []string{"connection pooler", remedy}}, lines["postgres.replication"])
 }

@@ -26,12 +26,10 @@ type Backlog struct {
 
 // OpenBacklog begins a transaction that locks the table against being rewritten:
 // a snapshot from before that would see no rows. The snapshot is taken by Take or
-// by the first reading.
+// by the first reading. The session has no timeouts.
 func (t Table) OpenBacklog(ctx context.Context, conn *pgx.Conn, layout Layout) (*Backlog, error) {
 	b := &Backlog{table: t, layout: layout, conn: conn, Known: map[string]bool{}, Retried: map[string]int{}}
 	for _, sql := range []string{
-		`set idle_in_transaction_session_timeout = 0`,
-		`select pg_catalog.set_config('transaction_timeout', '0', false) where pg_catalog.current_setting('transaction_timeout', true) is not null`,
 		`begin isolation level repeatable read, read only`,
 		`lock table ` + t.String() + ` in access share mode`,
 	} {

@@ -217,6 +217,32 @@ func TestBackfillKilledAtEachStep(t *testing.T) {
 	}
 }
 
+// No timeout of the database ends what waits for the slot: the transaction that will
+// read the backlog, and the recorder's connection, which does nothing meanwhile.
+func TestBackfillOutlastsTimeouts(t *testing.T) {
+	t.Parallel()
+	b := setupOn(t, testenv.OwnPostgresSince(t, 17, nil), testenv.NATSOptions{}) // which has all of them
+	ids := b.insert(10)
+	open, err := b.connect().Begin(t.Context())
+	b.must(err)
+	_, err = open.Exec(t.Context(), `select pg_current_xact_id()`)
+	b.must(err)
+	for _, setting := range []string{"transaction_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout", "statement_timeout"} {
+		b.exec(`alter database ` + b.slot() + ` set ` + setting + ` = '500ms'`)
+	}
+	r := b.start()
+	testenv.Eventually(t, "the backlog's transaction to be older than the timeouts", func() bool {
+		return b.count(`select count(*) from pg_stat_activity where application_name = 'outbox-relay backfill'
+			and xact_start < clock_timestamp() - interval '2 s'`) == 1 || strings.Contains(r.Logs(), "waiting to start again")
+	})
+	b.must(open.Rollback(t.Context()))
+	b.requireStatus("published", ids)
+	if strings.Contains(r.Logs(), "waiting to start again") {
+		t.Error("a session was lost")
+	}
+	requireLeaves(t, r)
+}
+
 // OUTBOX_BACKFILL=false leaves what was there before alone.
 func TestBackfillIsOff(t *testing.T) {
 	t.Parallel()

@@ -44,7 +44,6 @@ func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
 		"application_name":              application,
 		"lock_timeout":                  "0",
 		"statement_timeout":             "0",
-		"idle_session_timeout":          "0",
 		"default_transaction_isolation": "read committed",
 		"synchronous_commit":            "on",
 		"plan_cache_mode":               "force_custom_plan",
@@ -53,10 +52,12 @@ func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
 		"TimeZone":                      "UTC",
 		"DateStyle":                     "ISO, MDY",
 		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+		"idle_session_timeout": "0", "idle_in_transaction_session_timeout": "0",
 	} {
 		config.RuntimeParams[name] = value
 	}
 	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
+	config.AfterConnect = replication.NoTransactionTimeout
 	return config, nil
 }
 

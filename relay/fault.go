@@ -67,7 +67,9 @@ func passes(err error) bool {
 // Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
 func passesInPostgres(code string) bool {
 	switch code {
-	case "55006", // object in use: the slot is another relay's
+	case "25P03", // idle in transaction session timeout
+		"25P04", // transaction timeout
+		"55006", // object in use: the slot is another relay's
 		"55P03", // lock not available
 		"57014", // query canceled
 		"57P01", // admin shutdown: also pg_terminate_backend

@@ -54,6 +54,8 @@ func TestWhatPasses(t *testing.T) {
 		{"disk full", postgresError("53100"), true},
 		{"I/O", postgresError("58030"), true},
 		{"lock timeout", postgresError("55P03"), true},
+		{"idle in transaction", postgresError("25P03"), true},
+		{"transaction timeout", postgresError("25P04"), true},
 
 		{"malformed", decoder.ErrMalformed, false},
 		{"malformed, since it ended", fmt.Errorf("%w: %s", decoder.ErrMalformed, io.EOF), false},

@@ -58,15 +58,30 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 		"lock_timeout":        "0",
 		"wal_sender_timeout":  fmt.Sprint(senderTimeout.Milliseconds()),
 		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+		// Idle it is until it streams, and with the snapshot that a new slot exports
+		// also in a transaction.
+		"idle_session_timeout": "0", "idle_in_transaction_session_timeout": "0",
 	} {
 		config.RuntimeParams[name] = value
 	}
 	config.DialFunc, config.ConnectTimeout = dialWalsender, cmp.Or(config.ConnectTimeout, ConnectTimeout)
+	config.AfterConnect = NoTransactionTimeout
 	pg, err := pgconn.ConnectConfig(ctx, config)
 	if err != nil {
 		return nil, err
 	}
 	return &Conn{pg}, nil
+}
+
+// NoTransactionTimeout is what follows connecting: no transaction of the session
+// is bounded. The walsender has one open for each that it decodes, so the limit
+// would hit a large one, and any that is under way while NATS is out
+// (ReorderBufferProcessTXN in src/backend/replication/logical/reorderbuffer.c).
+// 15 and 16 do not know the setting, and refuse it at the start of a session.
+func NoTransactionTimeout(ctx context.Context, conn *pgconn.PgConn) error {
+	_, err := conn.Exec(ctx, `select pg_catalog.set_config('transaction_timeout', '0', false)
+		where pg_catalog.current_setting('transaction_timeout', true) is not null`).ReadAll()
+	return err
 }
 
 // ConnectTimeout bounds connecting to one host where the URL does not: a server

@@ -440,6 +440,43 @@ func TestSessionIsPinned(t *testing.T) {
 	}
 }
 
+// No timeout of the database ends a session: neither while a new slot's snapshot
+// is lent, nor while one transaction is decoded for longer.
+func TestTimeoutsOfTheDatabase(t *testing.T) {
+	t.Parallel()
+	b := setupOn(t, testenv.OwnPostgresSince(t, 17, nil)) // which has all of them
+	database := pgx.Identifier{b.config.Database}.Sanitize()
+	for _, setting := range []string{"transaction_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout", "statement_timeout"} {
+		b.exec(`alter database ` + database + ` set ` + setting + ` = '100ms'`)
+	}
+	// outlasted waits until the walsender, if it has not gone, is in this state, and
+	// has had far more time than the timeouts are.
+	outlasted := func(state string) {
+		b.Helper()
+		since := time.Now()
+		testenv.Eventually(t, "the walsender to be long enough at "+state, func() bool {
+			return get[bool](b, `select count(*) = count(*) filter (where concat_ws(' ', state, wait_event) = $1) and clock_timestamp() > $2::timestamptz + interval '1 s'
+				from pg_stat_activity where backend_type = 'walsender'`, state, since)
+		})
+	}
+	conn := b.connect()
+	slot, err := conn.CreateSlot(t.Context(), b.slot, false)
+	b.must(err)
+	outlasted("idle in transaction ClientRead")
+	s, err := conn.Start(t.Context(), b.slot, "p", slot.Point)
+	b.must(err)
+	w := &watcher{block: make(chan struct{})}
+	stop, _ := running(t, s, w)
+	const events = 200_000 // more than fits between the two
+	b.exec(`insert into t select generate_series(1, $1)`, events)
+	outlasted("active WalSenderWriteData")
+	close(w.block)
+	b.await(w, events)
+	if err := stop(); !errors.Is(err, replication.ErrStopped) {
+		t.Error(err)
+	}
+}
+
 // keeper keeps the last insert.
 type keeper struct {
 	watcher
