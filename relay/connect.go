@@ -49,6 +49,7 @@ func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
 		"plan_cache_mode":               "force_custom_plan",
 		"standard_conforming_strings":   "on",
 		"client_encoding":               "UTF8",
+		"client_min_messages":           "notice", // a commit that is only local is a warning
 		"TimeZone":                      "UTC",
 		"DateStyle":                     "ISO, MDY",
 		"tcp_keepalives_idle":           "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",

@@ -611,6 +611,30 @@ func TestOutcomesAreRefused(t *testing.T) {
 	requireLeaves(t, r)
 }
 
+// A record that gave up waiting for its synchronous standby is none, also where the
+// database hides the warning that tells so.
+func TestRecordThatIsOnlyLocal(t *testing.T) {
+	t.Parallel()
+	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
+	b.exec(`alter database ` + b.slot() + ` set client_min_messages = error`)
+	r := b.streaming()
+	ids := b.insert(1)
+	b.requireStatus("published", ids)
+	b.exec(`set synchronous_commit = local`)
+	b.exec(`alter system set synchronous_standby_names = 'nobody'`)
+	b.exec(`select pg_reload_conf()`)
+	testenv.Eventually(t, "a record to wait for the standby", func() bool {
+		ids = append(ids, b.insert(1)...)
+		return b.count(`select count(pg_cancel_backend(pid)) from pg_stat_activity where application_name = 'outbox-relay recorder' and wait_event = 'SyncRep'`) == 1
+	})
+	r.WaitLog("commit not acknowledged by the synchronous standby")
+	b.exec(`alter system reset synchronous_standby_names`)
+	b.exec(`select pg_reload_conf()`)
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	requireLeaves(t, r)
+}
+
 // Triggers of the application raise warnings of the SQLSTATE that tells of a
 // commit which was not replicated.
 func TestWarningsOfTriggers(t *testing.T) {

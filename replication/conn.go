@@ -58,6 +58,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 		"lock_timeout":        "0",
 		"wal_sender_timeout":  fmt.Sprint(senderTimeout.Milliseconds()),
 		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+		"client_min_messages": "notice", // a missing publication is a warning from 18 on
 		// Idle it is until it streams, and with the snapshot that a new slot exports
 		// also in a transaction.
 		"idle_session_timeout": "0", "idle_in_transaction_session_timeout": "0",

@@ -361,6 +361,7 @@ func TestSessionEnds(t *testing.T) {
 	t.Run("no publication", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
+		b.exec(`alter database ` + pgx.Identifier{b.slot}.Sanitize() + ` set client_min_messages = error`) // from 18 on it is a warning
 		_, done := running(t, b.started(), &watcher{})
 		b.exec(`drop publication p`)
 		b.exec(`insert into t values (1)`)
