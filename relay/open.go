@@ -121,21 +121,29 @@ func (s *session) openBacklog(ctx context.Context) error {
 	return err
 }
 
-// tellWaiting names, from time to time, the backend whose transaction the slot
-// waits for. It has the SQL connection until ctx ends.
+// tellWaiting names, from time to time, the transaction that the slot waits for. It
+// has the SQL connection until ctx ends.
 func (s *session) tellWaiting(ctx context.Context) {
 	for wait.For(ctx, 5*time.Second) == nil {
 		var pid int
-		var since string
+		var since, gid, database string
 		// pg_locks shows to everybody who has a transaction id; since when, only to some.
-		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select l.pid, coalesce(a.xact_start::text, 'not shown to this role')
+		// A prepared transaction has no backend, and pg_locks no pid for it.
+		err := s.sql.QueryRow(context.WithoutCancel(ctx), `select coalesce(l.pid, 0), coalesce(p.prepared::text, a.xact_start::text, 'not shown to this role'),
+				coalesce(pg_catalog.quote_literal(p.gid), ''), coalesce(p.database, '')
 			from pg_catalog.pg_locks l left join pg_catalog.pg_stat_activity a on a.pid = l.pid
-			where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted and l.pid <> pg_catalog.pg_backend_pid()
-			order by l.transactionid::text::bigint limit 1`).Scan(&pid, &since)
-		if err != nil {
+				left join pg_catalog.pg_prepared_xacts p on l.pid is null and p.transaction = l.transactionid
+			where l.locktype = 'transactionid' and l.mode = 'ExclusiveLock' and l.granted and (l.pid <> pg_catalog.pg_backend_pid() or p.gid is not null)
+			order by l.transactionid::text::bigint limit 1`).Scan(&pid, &since, &gid, &database)
+		switch {
+		case err != nil:
 			continue // none, or the connection is broken, which its next user finds
+		case gid != "":
+			s.log.Warn("the slot still waits for a prepared transaction", "slot", s.table.Slot, "gid", gid, "database", database, "since", since,
+				"remedy", fmt.Sprintf("in that database, COMMIT PREPARED %s or ROLLBACK PREPARED %[1]s", gid))
+		default:
+			s.log.Warn("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since,
+				"remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid))
 		}
-		s.log.Warn("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since,
-			"remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid))
 	}
 }

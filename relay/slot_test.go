@@ -32,6 +32,21 @@ func TestSlotWaitsForAnOpenTransaction(t *testing.T) {
 	b.requireStream(ids)
 }
 
+// A prepared transaction, which no backend has, is named like any other.
+func TestSlotWaitsForAPreparedTransaction(t *testing.T) {
+	t.Parallel()
+	b := setupOn(t, testenv.OwnPostgres(t, map[string]string{"max_prepared_transactions": "1"}), testenv.NATSOptions{})
+	b.exec(`begin`)
+	ids := b.insert(1)
+	b.exec(`prepare transaction 'it''s forgotten'`)
+	r := b.start()
+	r.WaitLog(`COMMIT PREPARED 'it''s forgotten' or ROLLBACK PREPARED`)
+	b.exec(`commit prepared 'it''s forgotten'`)
+	b.requireStatus("published", ids)
+	b.requireStream(ids)
+	requireLeaves(t, r)
+}
+
 // The first start of two relays at once, and a start after kill -9 while the slot
 // is being created, which its old walsender goes on with: both stand by.
 func TestSlotIsBeingCreatedByAnother(t *testing.T) {
