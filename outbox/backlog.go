@@ -86,20 +86,22 @@ func (b *Backlog) Count(ctx context.Context) (int, error) {
 	return n, nil
 }
 
-// Next reads the next rows, at most limit; none: that was all.
-func (b *Backlog) Next(ctx context.Context, limit int) ([]*Row, error) {
+// Next reads the next rows, at most limit, and no more once they have as many bytes;
+// none: that was all.
+func (b *Backlog) Next(ctx context.Context, limit, bytes int) ([]*Row, error) {
 	if b.rows == nil {
 		if err := b.read(ctx); err != nil {
 			return nil, err
 		}
 	}
 	var list []*Row
-	for len(list) < limit && b.rows.Next() {
+	for size := 0; len(list) < limit && size < bytes && b.rows.Next(); {
 		row, err := b.table.scanRow(b.rows)
 		if err != nil {
 			return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
 		}
 		list = append(list, row)
+		size += row.Event.Size()
 	}
 	if err := b.rows.Err(); err != nil {
 		return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)

@@ -13,7 +13,12 @@ import (
 	"outbox-relay/outbox"
 )
 
-const backfillBatch = 8192 // rows announced at a time
+// What is announced at a time: so many rows, or as many as have so many bytes, which
+// are held beside the window.
+const (
+	backfillBatch = 8192
+	backfillBytes = 16 << 20
+)
 
 // turn does, once, what comes before the first event that is not in the stream
 // yet: the rest of a batch, and the backfill.
@@ -51,7 +56,7 @@ func (p *pipeline) backfill() error {
 	progress := newProgress(p.session, total)
 	defer progress.task.end()
 	for {
-		list, err := p.backlog.Next(p.ctx, backfillBatch)
+		list, err := p.backlog.Next(p.ctx, backfillBatch, backfillBytes)
 		if err != nil {
 			return err
 		}

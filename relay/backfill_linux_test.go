@@ -68,3 +68,19 @@ func TestBackfillInFlatMemory(t *testing.T) {
 	}
 	requireLeaves(t, r)
 }
+
+// Nor does it follow the size of the rows.
+func TestBackfillOfLargeRowsInFlatMemory(t *testing.T) {
+	b := setup(t)
+	const events = 2000
+	b.exec(`insert into events (aggregate_type, event_type, payload) select 'order', 'large', to_jsonb(repeat('x', 150000)) from generate_series(1, $1)`, events)
+	r := b.start("MAX_INFLIGHT_BYTES=16MiB")
+	testenv.Eventually(t, "all events in the stream", func() bool { return b.last() >= events })
+	peak := b.peakMemory(r)
+	t.Logf("the relay took at most %d MiB", peak>>20)
+	if peak > 100<<20 {
+		t.Errorf("the relay took %d MiB", peak>>20)
+	}
+	b.requireStatus("published", b.ids())
+	requireLeaves(t, r)
+}
