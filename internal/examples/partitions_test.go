@@ -15,9 +15,8 @@ import (
 func TestPartitionsByAggregate(t *testing.T) {
 	const partitions, aggregates, events = 4, 20, 200
 	s := setup(t)
-	s.must(s.js.DeleteStream(t.Context(), "EVENTS"))
 	js, ctx := s.js, t.Context()
-	stream, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*.*"},
+	stream, err := js.UpdateStream(ctx, jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*.*"},
 		SubjectTransform: &jetstream.SubjectTransformConfig{Source: "events.*.*.*",
 			Destination: "events.{{partition(4,2)}}.{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}"}})
 	s.must(err)
