@@ -36,6 +36,14 @@ type shop struct {
 
 func setup(t testing.TB) *shop {
 	t.Helper()
+	s := setupNoStream(t)
+	_, err := s.js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.>"}})
+	s.must(err)
+	return s
+}
+
+func setupNoStream(t testing.TB) *shop {
+	t.Helper()
 	s := &shop{TB: t, url: testenv.Database(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{})}
 	config, err := pgx.ParseConfig(s.url)
 	s.must(err)
@@ -52,8 +60,6 @@ func setup(t testing.TB) *shop {
 	s.must(err)
 	t.Cleanup(nc.Close)
 	s.js, err = jetstream.New(nc)
-	s.must(err)
-	_, err = s.js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.>"}})
 	s.must(err)
 	return s
 }

@@ -195,8 +195,7 @@ func (s *shop) startWriter() (end func() int) {
 // The steps of docs/from-polling.md, with poller and writer at work: each event is
 // published once, by one of the two.
 func TestComingFromPolling(t *testing.T) {
-	s := setup(t)
-	s.must(s.js.DeleteStream(t.Context(), "EVENTS"))
+	s := setupNoStream(t)
 	sql := pageSQL(t, "from-polling.md")
 	s.exec(sql[0]) // the table
 	poller, end := s.startPoller(), s.startWriter()

@@ -14,9 +14,9 @@ import (
 // it, gives each partition all events of its aggregates, in commit order.
 func TestPartitionsByAggregate(t *testing.T) {
 	const partitions, aggregates, events = 4, 20, 200
-	s := setup(t)
+	s := setupNoStream(t)
 	js, ctx := s.js, t.Context()
-	stream, err := js.UpdateStream(ctx, jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*.*"},
+	stream, err := js.CreateStream(ctx, jetstream.StreamConfig{Name: "EVENTS", Subjects: []string{"events.*.*.*"},
 		SubjectTransform: &jetstream.SubjectTransformConfig{Source: "events.*.*.*",
 			Destination: "events.{{partition(4,2)}}.{{wildcard(1)}}.{{wildcard(2)}}.{{wildcard(3)}}"}})
 	s.must(err)
