@@ -78,7 +78,7 @@ func TestBackfillOfLargeRowsInFlatMemory(t *testing.T) {
 	testenv.Eventually(t, "all events in the stream", func() bool { return b.last() >= events })
 	peak := b.peakMemory(r)
 	t.Logf("the relay took at most %d MiB", peak>>20)
-	if peak > 100<<20 {
+	if peak > 128<<20 { // by batches of rows alone it came to 337
 		t.Errorf("the relay took %d MiB", peak>>20)
 	}
 	b.requireStatus("published", b.ids())
