@@ -65,12 +65,6 @@ type outage struct {
 func (ch *Chain) interrupt(why error) (attempts int) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
-	if ch.outage.began.IsZero() {
-		now := time.Now()
-		ch.outage = outage{began: now, said: now}
-		ch.log.Warn("publishing is interrupted", "error", ch.explain(why))
-		return 0
-	}
 	ch.tell(why)
 	return ch.outage.attempts
 }
@@ -102,11 +96,17 @@ func (ch *Chain) tellInterrupted(err error) {
 	ch.tell(err)
 }
 
-// tell says once a minute why the outage lasts. ch.mu is held.
+// tell says why there is an outage, and once a minute why it lasts. An answer that comes
+// during a resync ends it; what fails then begins the next. ch.mu is held.
 func (ch *Chain) tell(err error) {
-	if time.Since(ch.outage.said) > time.Minute {
+	now := time.Now()
+	switch {
+	case ch.outage.began.IsZero():
+		ch.outage = outage{began: now, said: now}
+		ch.log.Warn("publishing is interrupted", "error", ch.explain(err))
+	case now.Sub(ch.outage.said) > time.Minute:
 		ch.log.Warn("publishing is still interrupted", "duration", time.Since(ch.outage.began).Round(time.Second), "error", ch.explain(err))
-		ch.outage.said = time.Now()
+		ch.outage.said = now
 	}
 }
 
