@@ -146,8 +146,9 @@ type Batch struct {
 }
 
 // Batch returns the longest recordable prefix of at most limit items (more
-// only where events that overtook each other bar a stop, see Stored) whose transactions
-// are visible. The items are valid until Recorded is called with the batch.
+// only where events that overtook each other bar a stop, see Stored) whose
+// transactions are visible. The items are valid until Recorded is called with
+// the batch.
 func (t *Tracker) Batch(limit int, visible func(xid uint32) bool) Batch {
 	t.mu.Lock()
 	defer t.mu.Unlock()

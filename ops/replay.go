@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/progress"
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 )
 
@@ -219,14 +220,7 @@ func (r *replaying) follow(ctx context.Context) error {
 	if passed > 0 {
 		return nil
 	}
-	timer := time.NewTimer(replayPoll)
-	defer timer.Stop()
-	select {
-	case <-ctx.Done():
-		return context.Cause(ctx)
-	case <-timer.C:
-		return nil
-	}
+	return wait.For(ctx, replayPoll)
 }
 
 // tell shows the progress: on a terminal by a bar, elsewhere in a line every few

@@ -24,6 +24,13 @@ func (b *bundle) claimed() *checkpoint.Store {
 	return s
 }
 
+// sweep writes the leftovers whose rows are free, and returns how many wait.
+func (b *bundle) sweep(s *checkpoint.Store) (waiting int) {
+	b.Helper()
+	b.must(s.Guarded(b.Context(), b.table.Leftovers(&waiting)))
+	return waiting
+}
+
 func stored(id string) checkpoint.Item {
 	return checkpoint.Item{ID: []byte(id), Outcome: checkpoint.Stored}
 }
@@ -115,14 +122,11 @@ func TestOutcomesInMarkMode(t *testing.T) {
 	}
 
 	// As long as they are locked they wait; then their outcome is written.
-	var waiting int
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
-	if waiting != 2 {
+	if waiting := b.sweep(s); waiting != 2 {
 		t.Errorf("%d wait, want 2", waiting)
 	}
 	release()
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
-	if waiting != 0 {
+	if waiting := b.sweep(s); waiting != 0 {
 		t.Errorf("%d wait, want none", waiting)
 	}
 	b.requireStatus(ids[1], "published published_at 0")
@@ -148,9 +152,7 @@ func TestParkedWhileTheRowIsBeingDeleted(t *testing.T) {
 	requireCounts(t, got, outbox.Recorded{FailedLocked: 1, PublishedLocked: 1}, 0)
 	_, err = deleting.Exec(t.Context(), `commit`)
 	b.must(err)
-	var waiting int
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
-	if waiting != 0 {
+	if waiting := b.sweep(s); waiting != 0 {
 		t.Errorf("%d wait, want none", waiting)
 	}
 	if got := b.leftovers(); got != "failed too big whole" {
@@ -209,8 +211,7 @@ func TestOutcomesInDeleteMode(t *testing.T) {
 	b.requireStatus(ids[2], "failed 0")
 	b.requireStatus(ids[3], "failed failed_at 1 {bad}")
 	release()
-	var waiting int
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	waiting := b.sweep(s)
 	b.requireStatus(ids[1], "")
 	if got := b.leftovers(); got != "" || waiting != 0 {
 		t.Errorf("leftovers %s, %d wait", got, waiting)
@@ -251,13 +252,11 @@ func TestKeyShareBarsADeletion(t *testing.T) {
 	ids := b.insert(3)
 	release := b.lock("key share", ids[1])
 	requireCounts(t, b.record(s, stored(ids[0]), stored(ids[1]), stored(ids[2])), outbox.Recorded{Published: 2, PublishedLocked: 1}, 0)
-	var waiting int
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
-	if waiting != 1 {
+	if waiting := b.sweep(s); waiting != 1 {
 		t.Errorf("%d wait, want 1", waiting)
 	}
 	release()
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	waiting := b.sweep(s)
 	b.requireStatus(ids[1], "")
 	if got := b.leftovers(); got != "" || waiting != 0 {
 		t.Errorf("leftovers %s, %d wait", got, waiting)
@@ -275,8 +274,7 @@ func TestLeftoverMeetsAnAnswer(t *testing.T) {
 	release()
 	b.exec(`delete from events where id = $1`, ids[0])
 	b.exec(`update events set status = 'failed', failed_reasons = '{mine}' where id = any ($1)`, ids[1:])
-	var waiting int
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	waiting := b.sweep(s)
 	if got := b.leftovers(); got != "" || waiting != 0 {
 		t.Errorf("leftovers %s, %d wait", got, waiting)
 	}
@@ -291,8 +289,7 @@ func TestLeftoversOfAnotherSlot(t *testing.T) {
 	s := b.claimed()
 	id := b.insert(1)[0]
 	b.exec(`insert into outbox_relay_leftovers (slot, id, outcome) values ('another', $1, 'published')`, id)
-	var waiting int
-	b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
+	waiting := b.sweep(s)
 	if n := get[int](b, `select count(*)::int from outbox_relay_leftovers`); n != 1 || waiting != 0 {
 		t.Errorf("%d leftovers of another, %d of ours wait", n, waiting)
 	}
@@ -311,9 +308,7 @@ func TestManyLeftovers(t *testing.T) {
 	defer release()
 	b.exec(`insert into outbox_relay_leftovers (slot, id, outcome) select 'slot', unnest($1::text[]), 'published'`, ids)
 	testenv.Eventually(t, "all but the 1100 that are locked to be written", func() bool {
-		var waiting int
-		b.must(s.Guarded(t.Context(), b.table.Leftovers(&waiting)))
-		return waiting == 1100
+		return b.sweep(s) == 1100
 	})
 }
 

@@ -369,9 +369,10 @@ func TestLateAnswers(t *testing.T) {
 	require := func(what string, maybe, doubtful string) {
 		t.Helper()
 		var gotMaybe, gotDoubtful string
+		sign := map[bool]string{true: "+", false: "-"}
 		for _, c := range r.candidates() {
-			gotMaybe += map[bool]string{true: "+", false: "-"}[c.maybe]
-			gotDoubtful += map[bool]string{true: "+", false: "-"}[c.doubtful]
+			gotMaybe += sign[c.maybe]
+			gotDoubtful += sign[c.doubtful]
 		}
 		if gotMaybe != maybe || gotDoubtful != doubtful {
 			t.Errorf("%s: maybe stored %s, in doubt %s; want %s, %s", what, gotMaybe, gotDoubtful, maybe, doubtful)

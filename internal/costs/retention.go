@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"golang.org/x/sync/errgroup"
 
+	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 )
 
@@ -186,10 +187,7 @@ func (d *database) retainUntil(ctx context.Context, step int, w *writing) error 
 		}
 		w.removed += r.Removed
 		after = r.Last
-		select {
-		case <-ctx.Done():
-		case <-time.After(restShare * time.Since(began)):
-		}
+		_ = wait.For(ctx, restShare*time.Since(began))
 	}
 	now, err := backendCPU(conn)
 	w.cpu = now - before

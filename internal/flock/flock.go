@@ -7,6 +7,8 @@ import (
 	"os"
 	"syscall"
 	"time"
+
+	"outbox-relay/internal/wait"
 )
 
 // Try locks the folder dir against other processes, until the returned file
@@ -35,10 +37,8 @@ func Wait(ctx context.Context, dir string) (*os.File, error) {
 		if !errors.Is(err, syscall.EWOULDBLOCK) {
 			return f, err
 		}
-		select {
-		case <-ctx.Done():
-			return nil, ctx.Err()
-		case <-time.After(50 * time.Millisecond):
+		if err := wait.For(ctx, 50*time.Millisecond); err != nil {
+			return nil, err
 		}
 	}
 }

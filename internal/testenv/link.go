@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"outbox-relay/internal/wait"
 )
 
 // link is a client's connection and the one to the server that belongs to it.
@@ -84,16 +86,6 @@ func (l *link) isBroken(d Direction) bool { return l.broken.Load()&int64(d) != 0
 
 // sleepUntil returns at time t. false: the link has ended.
 func (l *link) sleepUntil(t time.Time) bool {
-	wait := time.Until(t)
-	if wait <= 0 {
-		return true
-	}
-	timer := time.NewTimer(wait)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return true
-	case <-l.ctx.Done():
-		return false
-	}
+	left := time.Until(t)
+	return left <= 0 || wait.For(l.ctx, left) == nil
 }

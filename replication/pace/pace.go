@@ -32,9 +32,9 @@ const (
 // walsender wake it for every message it sends, which halves the walsender.
 //
 // A reader whose receive buffer has room for every message costs it something, too: each
-// goes through TCP by itself. Where there is none it is only appended to what waits already. With a
-// backlog within a machine the buffer is therefore left full for a while, and then all
-// is read that has gathered behind it. docs/performance.md has the figures.
+// goes through TCP by itself. Where there is none it is only appended to what waits
+// already. With a backlog within a machine the buffer is therefore left full for a while,
+// and then all is read that has gathered behind it. docs/performance.md has the figures.
 //
 // It belongs below TLS, which reads one message of the walsender at a time.
 type Conn struct {
