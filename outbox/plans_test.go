@@ -106,11 +106,17 @@ func planned(t *testing.T, l layout) *plans {
 	p := &plans{bundle: b, layout: l, sent: &statement{}}
 	config.Tracer = p.sent
 	config.RuntimeParams["plan_cache_mode"] = "force_custom_plan"
+	for name, value := range outbox.LookupSettings() {
+		config.RuntimeParams[name] = value
+	}
 	b.relay, err = pgx.ConnectConfig(t.Context(), config)
 	b.must(err)
 	t.Cleanup(func() { b.relay.Close(context.Background()) })
 	b.table = outbox.Table{Schema: "public", Name: l.target.Table, Publication: "outbox_relay", Slot: "slot", Mode: outbox.Mark,
 		Columns: outbox.Columns{Names: l.target.Names}}
+	found, err := b.table.ReadLayout(t.Context(), b.relay)
+	b.must(err)
+	b.table = b.table.As(found)
 	p.store = b.claimed()
 	return p
 }
