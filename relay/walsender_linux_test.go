@@ -33,6 +33,9 @@ var (
 	flood   = load{first: 30_000, rows: 200, every: 100 * time.Millisecond}
 )
 
+const insertTexts = `insert into events (aggregate_type, event_type, payload)
+	select 'order', 'created', jsonb_build_object('text', repeat('x', 300)) from generate_series(1, $1)`
+
 // apply inserts on a connection of its own until stop is called, which returns when
 // the last transaction has ended.
 func (b *bundle) apply(l load) (stop func()) {
@@ -44,9 +47,7 @@ func (b *bundle) apply(l load) (stop func()) {
 		tick := time.NewTicker(l.every)
 		defer tick.Stop()
 		for rows := max(l.first, l.rows); ; rows = l.rows {
-			_, err := conn.Exec(ctx, `insert into events (aggregate_type, event_type, payload)
-				select 'order', 'created', jsonb_build_object('text', repeat('x', 300)) from generate_series(1, $1)`, rows)
-			if err != nil {
+			if _, err := conn.Exec(ctx, insertTexts, rows); err != nil {
 				return err
 			}
 			select {
@@ -152,7 +153,7 @@ func TestWalsenderEndsWhileNATSIsDown(t *testing.T) {
 	b.requireStream(b.insert(100))
 	walsender := b.walsender()
 	b.nats.Stop()
-	b.apply(load{rows: 2000, every: time.Millisecond})()
+	b.exec(insertTexts, 20_000)
 	r.WaitLog("publishing is interrupted")
 	testenv.Eventually(t, "the walsender to be held up", func() bool {
 		return b.count(`select count(*) from pg_stat_activity where pid = $1 and wait_event in ('WalSenderWriteData', 'ClientWrite')`, walsender) == 1
@@ -225,15 +226,26 @@ func (b *bundle) limit(settings string) {
 	}
 }
 
+// socketDir is a folder that Postgres can make its socket in, whoever it runs as.
+func socketDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "outbox-relay-socket-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // The slot is held on every way to Postgres, and whatever limits are set there. All
 // relays live through the same outage.
 func TestSlotIsHeldOnEveryPath(t *testing.T) {
 	t.Parallel()
 	network := testenv.NewNetwork(t, 1<<20)
-	sockets := t.TempDir()
-	if err := os.Chmod(sockets, 0o777); err != nil {
-		t.Fatal(err)
-	}
+	sockets := socketDir(t)
 	cluster := testenv.OwnPostgres(t, map[string]string{"listen_addresses": "*", "unix_socket_directories": sockets,
 		"wal_sender_timeout": "1s", "max_wal_senders": "64", "max_replication_slots": "64"})
 	var all []*heard
