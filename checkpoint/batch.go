@@ -30,6 +30,7 @@ type TableBatch struct {
 	IDs    []string
 	Done   int      // how many of them, from the first on, are recorded
 	End    Position // of the checkpoint once all are
+	Part   int      // of the backlog that the ids are the next ones of; 0: of none
 }
 
 // Left lists what is still to be done.
@@ -49,9 +50,9 @@ func (s *Store) Announce(ctx context.Context, b TableBatch) error {
 			insert into `+s.batches+` (slot, kind, run, ids, commit_lsn, ordinal)
 			select slot, @source, nullif(@run::text, ''), @ids::text[], @commit::pg_lsn, @ordinal from changed
 			on conflict (slot) do update set kind = excluded.kind, run = excluded.run, ids = excluded.ids, done = 0,
-				commit_lsn = excluded.commit_lsn, ordinal = excluded.ordinal, recorded_at = now()),
+				commit_lsn = excluded.commit_lsn, ordinal = excluded.ordinal, recorded_at = now())`+s.taking(b.Part)+`,
 		older as (delete from `+s.history+` h using changed where h.slot = changed.slot)`,
-		pgx.NamedArgs{"source": string(b.Source), "run": b.Run, "ids": b.IDs, "commit": b.End.Commit.String(), "ordinal": b.End.Ordinal})
+		pgx.NamedArgs{"source": string(b.Source), "run": b.Run, "ids": b.IDs, "part": b.Part, "commit": b.End.Commit.String(), "ordinal": b.End.Ordinal})
 }
 
 // Batch reads the last batch; empty: there is none.

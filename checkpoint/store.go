@@ -66,6 +66,7 @@ type Store struct {
 	table   string // quoted
 	history string // quoted
 	batches string // quoted
+	backlog string // quoted
 	slot    string
 	epoch   int64  // ours, once claimed
 	claimed string // the publication's fingerprint then: migrate may carry it over since
@@ -80,6 +81,7 @@ func NewStore(conn *pgx.Conn, schema, slot string) *Store {
 		table:   pgx.Identifier{schema, "outbox_relay_checkpoints"}.Sanitize(),
 		history: pgx.Identifier{schema, "outbox_relay_history"}.Sanitize(),
 		batches: pgx.Identifier{schema, "outbox_relay_batches"}.Sanitize(),
+		backlog: pgx.Identifier{schema, "outbox_relay_backlog"}.Sanitize(),
 		slot:    slot,
 	}
 	return s
@@ -126,7 +128,7 @@ func (s *Store) Renew(ctx context.Context, c Checkpoint) error {
 	return s.changeClaimed(ctx, "renew", `phase = 'creating', format = 1, timeline = @timeline, commit_lsn = '0/0', ordinal = 0, confirmed_lsn = '0/0',
 			stream_sequence = @sequence, message_id = nullif(@message::text, ''), unrecorded_bound = 0,
 			foreign_seen = foreign_seen or @foreign, publication_state = nullif(@publication::text, ''),
-			stream_created_at = @created, backfilled = 0, updated_at = now()`,
+			stream_created_at = @created, backfilled = 0, backlog_end = null, updated_at = now()`,
 		`, batch as (delete from `+s.batches+` b using changed where b.slot = changed.slot),
 		older as (delete from `+s.history+` h using changed where h.slot = changed.slot)`,
 		pgx.NamedArgs{"timeline": c.Timeline, "created": c.StreamCreated, "sequence": c.Sequence,
@@ -151,8 +153,9 @@ func (s *Store) Begin(ctx context.Context, c Checkpoint) error {
 
 // Backfilled records that all rows which do not come out of the slot are done.
 func (s *Store) Backfilled(ctx context.Context) error {
-	return s.changeClaimed(ctx, "end the backfill of the", `phase = 'streaming', format = 1, updated_at = now()`,
-		`, batch as (delete from `+s.batches+` b using changed where b.slot = changed.slot)`, pgx.NamedArgs{})
+	return s.changeClaimed(ctx, "end the backfill of the", `phase = 'streaming', format = 1, backlog_end = null, updated_at = now()`,
+		`, batch as (delete from `+s.batches+` b using changed where b.slot = changed.slot),
+		listed as (delete from `+s.backlog+` b using changed where b.slot = changed.slot)`, pgx.NamedArgs{})
 }
 
 // changeClaimed changes our row under our epoch, and carries out what depends on

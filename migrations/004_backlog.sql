@@ -1,8 +1,35 @@
--- outbox_retry finds rows by their ids at a cost that grows with the ids only, also
--- in many partitions.
+-- What keeps the cost of the relay's work apart from the age and the size of the
+-- table: the list of a backfill's rows, and an outbox_retry that finds rows by their
+-- ids, also in many partitions.
 -- Only up; it can be run twice, and by psql alone.
 
 -- +goose Up
+
+-- +goose StatementBegin
+alter table outbox_relay_checkpoints add column if not exists backlog_end bigint null;
+
+comment on column outbox_relay_checkpoints.backlog_end is
+    'what backfilled will be once all rows of outbox_relay_backlog are published; null: there is no whole list';
+
+create table if not exists outbox_relay_backlog
+(
+    slot  text   not null,
+    part  int    not null,
+    ids   text[] not null,
+    rows  int    not null,
+    taken int    not null default 0,
+    constraint outbox_relay_backlog_primary_key primary key (slot, part)
+);
+
+comment on table outbox_relay_backlog is
+    'The rows that a backfill publishes, by their ids, in parts; written in one reading of the outbox.';
+comment on column outbox_relay_backlog.ids is
+    'the rows'' ids, in the order in which they are published';
+comment on column outbox_relay_backlog.rows is
+    'how many ids that are';
+comment on column outbox_relay_backlog.taken is
+    'how many of them, from the front, have been announced in outbox_relay_batches';
+-- +goose StatementEnd
 
 -- outbox_retry puts failed rows back to pending and asks the relay, by
 -- transactional logical messages of at most 1000 rows each, to publish them once

@@ -73,7 +73,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 	var recovery, table, lifecycle bool
 	err := conn.QueryRow(ctx, `select pg_catalog.pg_is_in_recovery(), pg_catalog.to_regclass($1) is not null, pg_catalog.to_regclass($2) is not null`,
-		a.Table.String(), pgx.Identifier{a.Table.Schema, "outbox_relay_batches"}.Sanitize()).Scan(&recovery, &table, &lifecycle)
+		a.Table.String(), pgx.Identifier{a.Table.Schema, "outbox_relay_backlog"}.Sanitize()).Scan(&recovery, &table, &lifecycle)
 	switch {
 	case err != nil:
 		return fmt.Errorf("look for table %s: %w", a.Table, err)
@@ -82,7 +82,7 @@ func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 	case !table:
 		return fmt.Errorf("table %s does not exist: correct OUTBOX_TABLE or OUTBOX_POSTGRES_URL, or create it with `outbox-relay migrate`", a.Table)
 	case !lifecycle:
-		return fmt.Errorf("table %s has no outbox_relay_batches beside it: run `outbox-relay migrate` of this release", a.Table)
+		return fmt.Errorf("table %s has no outbox_relay_backlog beside it: run `outbox-relay migrate` of this release", a.Table)
 	}
 	return nil
 }

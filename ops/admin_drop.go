@@ -70,7 +70,7 @@ func (a Admin) tellDropped(b outbox.Belongings, d outbox.Dropped) {
 		rows  int64
 	}{
 		{"outbox_relay_checkpoints", d.Checkpoints}, {"outbox_relay_history", d.History},
-		{"outbox_relay_batches", d.Batches}, {"outbox_relay_leftovers", d.Leftovers},
+		{"outbox_relay_batches", d.Batches}, {"outbox_relay_backlog", d.Backlog}, {"outbox_relay_leftovers", d.Leftovers},
 	} {
 		fmt.Fprintf(a.Out, "deleted %s from %s\n", rows(own.rows), own.table)
 	}

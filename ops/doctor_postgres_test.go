@@ -112,7 +112,7 @@ func TestDoctorBeforeTheFirstRun(t *testing.T) {
 		{"a column missing", `alter table events drop column version cascade`, nil, "postgres.table", "fault", []string{"has no column version", "add it"}, "sql"},
 		{"a column of the subject missing", ``, func(c *relay.Config) { c.Table.Columns.Extra = []string{"tenant"} }, "postgres.table", "fault", []string{"has no column tenant", "OUTBOX_SUBJECT"}, ""},
 		{"not migrated", `drop table outbox_relay_checkpoints, events_migrations`, nil, "postgres.migrations", "fault", []string{"outbox_relay_checkpoints", "migrate"}, "migrate"},
-		{"its own table dropped", `drop table outbox_relay_batches`, nil, "postgres.migrations", "fault", []string{"outbox_relay_batches", "although every migration was applied"}, "print"},
+		{"its own table dropped", `drop table outbox_relay_backlog`, nil, "postgres.migrations", "fault", []string{"outbox_relay_backlog", "although every migration was applied"}, "print"},
 		{"a function dropped", `drop function outbox_retry_all()`, nil, "postgres.migrations", "fault", []string{"outbox_retry_all", "although every migration was applied"}, "print"},
 		{"migrations to come", `delete from events_migrations where version_id = 3`, nil, "postgres.migrations", "fault", []string{"2 of 3 are applied"}, "migrate"},
 		{"partitioned by what is updated", fmt.Sprintf(partitioned, "status", ""), nil, "postgres.partition_key", "fault", []string{"partitioned by status"}, ""},

@@ -52,8 +52,8 @@ func (t Table) Belongings(ctx context.Context, conn *pgx.Conn) (Belongings, erro
 
 // Dropped is what Drop has removed.
 type Dropped struct {
-	Checkpoints, History, Batches, Leftovers int64
-	Slot, Publication                        bool
+	Checkpoints, History, Batches, Backlog, Leftovers int64
+	Slot, Publication                                 bool
 }
 
 // Drop removes the relay's rows, its publication unless that is shared, and its
@@ -66,7 +66,7 @@ func (t Table) Drop(ctx context.Context, conn *pgx.Conn, b Belongings) (Dropped,
 			rows  *int64
 		}{
 			{"outbox_relay_checkpoints", &d.Checkpoints}, {"outbox_relay_history", &d.History},
-			{"outbox_relay_batches", &d.Batches}, {"outbox_relay_leftovers", &d.Leftovers},
+			{"outbox_relay_batches", &d.Batches}, {"outbox_relay_backlog", &d.Backlog}, {"outbox_relay_leftovers", &d.Leftovers},
 		} {
 			tag, err := tx.Exec(ctx, `delete from `+t.own(own.table)+` where slot = $1`, t.Slot)
 			if err != nil {

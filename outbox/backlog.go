@@ -7,14 +7,13 @@ import (
 	"github.com/jackc/pgx/v5"
 )
 
-// Backlog is what does not come out of the slot: the rows that were pending
-// before it was made, or that it has missed. It is read in one snapshot, in the
-// order of ids, as fast as it is published: memory stays flat however many rows
-// there are.
+// Backlog is what does not come out of the slot: the rows that were pending before it
+// was made, or that it has missed. Their ids are read at once, in one snapshot, which
+// ends with that: a snapshot that is held for as long as publishing takes would keep
+// Postgres from cleaning up the whole database.
 type Backlog struct {
-	table  Table
-	layout Layout
-	conn   *pgx.Conn // its own; closing it ends the snapshot
+	table Table
+	conn  *pgx.Conn // its own; closing it ends the snapshot
 
 	// What is left out: rows that were done, or that come out of the slot.
 	After   string          // and every id before it
@@ -27,8 +26,8 @@ type Backlog struct {
 // OpenBacklog begins a transaction that locks the table against being rewritten:
 // a snapshot from before that would see no rows. The snapshot is taken by Take or
 // by the first reading. The session has no timeouts.
-func (t Table) OpenBacklog(ctx context.Context, conn *pgx.Conn, layout Layout) (*Backlog, error) {
-	b := &Backlog{table: t, layout: layout, conn: conn, Known: map[string]bool{}, Retried: map[string]int{}}
+func (t Table) OpenBacklog(ctx context.Context, conn *pgx.Conn) (*Backlog, error) {
+	b := &Backlog{table: t, conn: conn, Known: map[string]bool{}, Retried: map[string]int{}}
 	for _, sql := range []string{
 		`begin isolation level repeatable read, read only`,
 		`lock table ` + t.String() + ` in access share mode`,
@@ -58,14 +57,37 @@ func (b *Backlog) Snapshot(ctx context.Context) (Snapshot, error) {
 	return ParseSnapshot(text)
 }
 
-// condition selects the rows. A leftover is an outcome.
-func (b *Backlog) condition() string {
-	return fmt.Sprintf(`e.status = 'pending' and %[2]s > $1 and %[2]s <> all ($2)
-		and not exists (select from unnest($3::text[], $4::int[]) as r(id, attempts) where r.id = %[2]s and r.attempts = e.retried_attempts)
-		and not exists (select from %[1]s l where l.slot = $5 and l.id = %[2]s)`, b.table.leftovers(), b.table.id("e"))
+// Next reads the next ids, at most limit, in their order; none: that was all.
+func (b *Backlog) Next(ctx context.Context, limit int) ([]string, error) {
+	if b.rows == nil {
+		if err := b.read(ctx); err != nil {
+			return nil, err
+		}
+	}
+	var ids []string
+	for len(ids) < limit && b.rows.Next() {
+		var id string
+		if err := b.rows.Scan(&id); err != nil {
+			return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
+		}
+		ids = append(ids, id)
+	}
+	if err := b.rows.Err(); err != nil {
+		return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
+	}
+	return ids, nil
 }
 
-func (b *Backlog) args() []any {
+// read begins to read. Each page of the table is read once. Sets are taken from one
+// another by sorting, which goes to disk where it has to: by hashing, a set that the
+// statistics don't know of could take any amount of memory, and by a join any amount of
+// time. A leftover is an outcome.
+func (b *Backlog) read(ctx context.Context) error {
+	for _, way := range []string{"enable_indexscan", "enable_indexonlyscan", "enable_bitmapscan", "enable_hashagg", "jit"} {
+		if _, err := b.conn.Exec(ctx, "set local "+way+" = off"); err != nil {
+			return fmt.Errorf("read the backlog of %s: %w", b.table, err)
+		}
+	}
 	known, retried, attempts := []string{}, []string{}, []int{}
 	for id := range b.Known {
 		known = append(known, id)
@@ -73,53 +95,13 @@ func (b *Backlog) args() []any {
 	for id, n := range b.Retried {
 		retried, attempts = append(retried, id), append(attempts, n)
 	}
-	return []any{b.After, known, retried, attempts, b.table.Slot}
-}
-
-// Count counts the rows.
-func (b *Backlog) Count(ctx context.Context) (int, error) {
-	var n int
-	err := b.conn.QueryRow(ctx, `select count(*) from `+b.table.String()+` e where `+b.condition(), b.args()...).Scan(&n)
-	if err != nil {
-		return 0, fmt.Errorf("count the backlog of %s: %w", b.table, err)
-	}
-	return n, nil
-}
-
-// Next reads the next rows, at most limit, and no more once they have as many bytes;
-// none: that was all.
-func (b *Backlog) Next(ctx context.Context, limit, bytes int) ([]*Row, error) {
-	if b.rows == nil {
-		if err := b.read(ctx); err != nil {
-			return nil, err
-		}
-	}
-	var list []*Row
-	for size := 0; len(list) < limit && size < bytes && b.rows.Next(); {
-		row, err := b.table.scanRow(b.rows)
-		if err != nil {
-			return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
-		}
-		list = append(list, row)
-		size += row.Event.Size()
-	}
-	if err := b.rows.Err(); err != nil {
-		return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
-	}
-	return list, nil
-}
-
-// read begins to read. Postgres sends no further than the connection takes, so
-// neither side holds the rows; and it walks the primary key, since a sort of all
-// would have to end before the first row comes.
-func (b *Backlog) read(ctx context.Context) error {
-	for _, way := range []string{"enable_sort", "enable_seqscan", "enable_bitmapscan"} {
-		if _, err := b.conn.Exec(ctx, "set local "+way+" = off"); err != nil {
-			return fmt.Errorf("read the backlog of %s: %w", b.table, err)
-		}
-	}
 	var err error
-	b.rows, err = b.conn.Query(ctx, "select "+b.table.rowColumns(b.layout)+" from "+b.table.String()+" e where "+b.condition()+` order by `+b.table.id("e"), b.args()...)
+	b.rows, err = b.conn.Query(ctx, `select id from (
+			select `+b.table.id("e")+` as id, e.retried_attempts from `+b.table.String()+` e where e.status = 'pending' and `+b.table.id("e")+` > $1
+			except select id, attempts from unnest($3::text[], $4::int[]) as r(id, attempts)) as pending
+		except select unnest($2::text[])
+		except select id from `+b.table.leftovers()+` where slot = $5
+		order by id`, b.After, known, retried, attempts, b.table.Slot)
 	if err != nil {
 		return fmt.Errorf("read the backlog of %s: %w", b.table, err)
 	}

@@ -125,7 +125,7 @@ func (t Table) grants(uses Uses) []grant {
 		update.columns = append(update.columns, "retried_at", "retried_attempts")
 	}
 	all := []grant{events, update, t.ownGrant("outbox_relay_checkpoints", "SELECT", "INSERT", "UPDATE")}
-	for _, name := range []string{"outbox_relay_leftovers", "outbox_relay_history", "outbox_relay_batches"} {
+	for _, name := range []string{"outbox_relay_leftovers", "outbox_relay_history", "outbox_relay_batches", "outbox_relay_backlog"} {
 		all = append(all, t.ownGrant(name, "SELECT", "INSERT", "UPDATE", "DELETE"))
 	}
 	all = append(all, t.executeGrant("outbox_relay_publication_state(name, regclass)"), t.executeGrant("outbox_relay_check_partition_key(regclass)"))

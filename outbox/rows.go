@@ -3,6 +3,8 @@ package outbox
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 
 	"github.com/jackc/pgx/v5"
@@ -32,6 +34,58 @@ func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []st
 		return nil, fmt.Errorf("read rows of %s: %w", t, err)
 	}
 	return byID, nil
+}
+
+// FirstRows reads the rows of the first of these ids, until they have so many bytes or
+// a row more. It returns of how many ids that are; those that have no row are gone.
+func (t Table) FirstRows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string, bytes int) (byID map[string]*Row, n int, err error) {
+	byID = map[string]*Row{}
+	for step := firstStep; n < len(ids) && bytes > 0; step *= 2 { // what is read beyond the bytes is thrown away
+		some := ids[n:min(n+step, len(ids))]
+		taken, size, err := t.rowsInOrder(ctx, conn, layout, some, bytes, byID)
+		if err != nil {
+			return nil, 0, fmt.Errorf("read rows of %s: %w", t, err)
+		}
+		n, bytes = n+taken, bytes-size
+	}
+	if !t.ByTime || len(byID) == n {
+		return byID, n, nil
+	}
+	astray, err := t.anywhere().Rows(ctx, conn, layout, slices.DeleteFunc(slices.Clone(ids[:n]), func(id string) bool { return byID[id] != nil }))
+	maps.Copy(byID, astray)
+	return byID, n, err
+}
+
+// firstStep is how many rows are read at first, when nothing is known of their size.
+const firstStep = 16
+
+// rowsInOrder adds rows of the first of these ids, until they have so many bytes, and
+// returns of how many ids, and their size. A nested loop goes through the list in its
+// order: an id that is left out has no row.
+func (t Table) rowsInOrder(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string, bytes int, byID map[string]*Row) (n, size int, err error) {
+	l := t.newList(pgx.NamedArgs{}, "listed", ids)
+	rows, err := conn.Query(ctx, `select r.* from `+l.unnested()+`, lateral (`+l.found(t.rowColumns(layout))+`) as r`, l.args)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer rows.Close()
+	for size < bytes && rows.Next() {
+		row, err := t.scanRow(rows)
+		if err != nil {
+			return 0, 0, err
+		}
+		id := string(row.Event.ID)
+		at := slices.Index(ids[n:], id)
+		if at < 0 {
+			return 0, 0, fmt.Errorf("row %s comes out of its turn", id)
+		}
+		byID[id] = row
+		n, size = n+at+1, size+row.Event.Size()
+	}
+	if size < bytes {
+		n = len(ids)
+	}
+	return n, size, rows.Err()
 }
 
 // Failed reports whether the row has failed, or is gone and known to have.

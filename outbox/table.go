@@ -180,7 +180,7 @@ func (l Layout) Lacks(names []string) []string {
 
 // CheckOwnTables makes sure that what migrate makes for the relay itself is there.
 func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {
-	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers", "outbox_relay_batches"} {
+	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers", "outbox_relay_batches", "outbox_relay_backlog"} {
 		var there bool
 		own := pgx.Identifier{t.Schema, name}.Sanitize()
 		if err := conn.QueryRow(ctx, `select pg_catalog.to_regclass($1) is not null`, own).Scan(&there); err != nil {

@@ -13,8 +13,8 @@ import (
 	"outbox-relay/outbox"
 )
 
-// What is announced at a time: so many rows, or as many as have so many bytes, which
-// are held beside the window.
+// The list of a backfill has parts of so many rows. These are announced at a time, or as
+// many as have so many bytes, which are held beside the window.
 const (
 	backfillBatch = 8192
 	backfillBytes = 16 << 20
@@ -27,12 +27,17 @@ func (p *pipeline) turn() error {
 		return nil
 	}
 	p.due = false
+	if p.backlog != nil { // its snapshot is not to be held for as long as a batch takes
+		if err := p.listBacklog(); err != nil {
+			return fmt.Errorf("list the backlog: %w", err)
+		}
+	}
 	if p.batch.Done < len(p.batch.IDs) {
 		if err := p.finish(p.batch); err != nil {
 			return err
 		}
 	}
-	if p.backlog != nil {
+	if p.backfilling {
 		if err := p.backfill(); err != nil {
 			return fmt.Errorf("backfill: %w", err)
 		}
@@ -41,39 +46,67 @@ func (p *pipeline) turn() error {
 	return nil
 }
 
-// backfill publishes the rows that do not come out of the slot.
+// backfill publishes the rows of the backlog.
 func (p *pipeline) backfill() error {
 	if err := p.settle(); err != nil {
 		return err
 	}
-	if err := p.awaitSeen(); err != nil {
+	var total int
+	err := p.recorder.do(p.ctx, func(ctx context.Context) (err error) {
+		total, _, err = p.store.BacklogLeft(ctx)
 		return err
-	}
-	total, err := p.backlog.Count(p.ctx)
+	})
 	if err != nil {
 		return err
 	}
 	progress := newProgress(p.session, total)
 	defer progress.task.end()
 	for {
-		list, err := p.backlog.Next(p.ctx, backfillBatch, backfillBytes)
+		n, err := p.backfillRows()
 		if err != nil {
 			return err
 		}
-		if len(list) == 0 {
+		if n == 0 {
 			break
 		}
-		if err := p.backfillRows(list); err != nil {
-			return err
-		}
-		progress.add(len(list))
+		progress.add(n)
 	}
-	closeSQL(p.reading) // and with it the snapshot, which keeps Postgres from cleaning up
 	err = p.recorder.do(p.ctx, func(ctx context.Context) error { return p.store.Backfilled(ctx) })
 	if err == nil {
 		progress.end()
 	}
 	return err
+}
+
+// listBacklog records which rows the backfill publishes, and ends the snapshot that
+// tells. What it records follows from the snapshot alone: a crash before it has
+// recorded all leaves nothing that counts.
+func (p *pipeline) listBacklog() error {
+	if err := p.awaitSeen(); err != nil {
+		return err
+	}
+	do := func(record func(context.Context) error) error { return p.recorder.do(p.ctx, record) }
+	if err := do(p.store.BeginBacklog); err != nil {
+		return err
+	}
+	rows := 0
+	for number := 1; ; number++ {
+		ids, err := p.backlog.Next(p.ctx, backfillBatch)
+		if err != nil {
+			return err
+		}
+		if len(ids) == 0 {
+			break
+		}
+		part := checkpoint.BacklogPart{Number: number, IDs: ids}
+		if err := do(func(ctx context.Context) error { return p.store.AddBacklog(ctx, part) }); err != nil {
+			return err
+		}
+		rows += len(ids)
+	}
+	closeSQL(p.reading)
+	p.backlog = nil
+	return do(func(ctx context.Context) error { return p.store.EndBacklog(ctx, rows) })
 }
 
 // awaitSeen waits until the recorder can see every row of the backlog.
@@ -100,18 +133,28 @@ func (p *pipeline) awaitSeen() error {
 	return nil
 }
 
-func (p *pipeline) backfillRows(list []*outbox.Row) error {
+// backfillRows publishes the next rows of the list, and returns how many; 0: there are
+// none.
+func (p *pipeline) backfillRows() (int, error) {
+	var rows map[string]*outbox.Row
 	batch := checkpoint.TableBatch{Source: checkpoint.Backfill, End: p.at}
-	rows := make(map[string]*outbox.Row, len(list))
-	for _, row := range list {
-		id := string(row.Event.ID)
-		batch.IDs = append(batch.IDs, id)
-		rows[id] = row
+	err := p.recorder.do(p.ctx, func(ctx context.Context) error {
+		part, err := p.store.NextBacklog(ctx)
+		if err != nil || len(part.IDs) == 0 {
+			return err
+		}
+		var n int
+		rows, n, err = p.table.FirstRows(ctx, p.sql, p.layout, part.IDs, backfillBytes)
+		batch.Part, batch.IDs = part.Number, part.IDs[:n]
+		return err
+	})
+	if err != nil || len(batch.IDs) == 0 {
+		return 0, err
 	}
 	if err := p.announce(batch); err != nil {
-		return err
+		return 0, err
 	}
-	return p.publishBatch(batch, rows)
+	return len(batch.IDs), p.publishBatch(batch, rows)
 }
 
 // progress tells how a backfill gets on.

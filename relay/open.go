@@ -117,7 +117,7 @@ func (s *session) openBacklog(ctx context.Context) error {
 	if err := s.checkSameServer(ctx, s.reading); err != nil {
 		return err
 	}
-	s.backlog, err = s.table.OpenBacklog(ctx, s.reading, s.layout)
+	s.backlog, err = s.table.OpenBacklog(ctx, s.reading)
 	return err
 }
 

@@ -27,18 +27,19 @@ type pipeline struct {
 	recorder *recorder
 	chain    *sink.Chain
 
-	after   checkpoint.Position   // the checkpoint: events up to it are done
-	at      checkpoint.Position   // of the last event that was added to the tracker
-	batch   checkpoint.TableBatch // what an earlier session has left of one
-	due     bool                  // the batch, or the backfill, comes before the next event
-	source  checkpoint.Source     // of what is published from the table at present
-	number  uint64                // of its rows so far
-	found   sink.Found            // which of the next events stand in the stream
-	blurred int                   // the first of them that was overtaken; -1: none
-	judged  int                   // how many of these have passed
-	parked  uint64                // index of the last event parked by the reader
-	barrier bool                  // it may not be recorded yet: nothing is sent until it is
-	calm    calmer                // about notices
+	after       checkpoint.Position   // the checkpoint: events up to it are done
+	at          checkpoint.Position   // of the last event that was added to the tracker
+	batch       checkpoint.TableBatch // what an earlier session has left of one
+	due         bool                  // the batch, or the backfill, comes before the next event
+	backfilling bool                  // the backfill does
+	source      checkpoint.Source     // of what is published from the table at present
+	number      uint64                // of its rows so far
+	found       sink.Found            // which of the next events stand in the stream
+	blurred     int                   // the first of them that was overtaken; -1: none
+	judged      int                   // how many of these have passed
+	parked      uint64                // index of the last event parked by the reader
+	barrier     bool                  // it may not be recorded yet: nothing is sent until it is
+	calm        calmer                // about notices
 
 	halted atomic.Pointer[HaltError] // why the relay stops before an event: the reader or the chain finds it
 }
@@ -46,14 +47,15 @@ type pipeline struct {
 func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, from origin) *pipeline {
 	p := &pipeline{
 		session: s, tracker: tracker, recorder: recorder,
-		decoder: decoder.New(s.layout.OID, s.table.Columns),
-		after:   from.checkpoint.Position,
-		at:      from.checkpoint.Position,
-		batch:   from.batch,
-		due:     len(from.batch.Left()) > 0 || s.backlog != nil,
-		found:   from.found,
-		blurred: from.found.Overtaken(),
-		number:  uint64(from.checkpoint.Backfilled),
+		decoder:     decoder.New(s.layout.OID, s.table.Columns),
+		after:       from.checkpoint.Position,
+		at:          from.checkpoint.Position,
+		batch:       from.batch,
+		due:         len(from.batch.Left()) > 0 || from.checkpoint.Phase == checkpoint.Backfilling,
+		backfilling: from.checkpoint.Phase == checkpoint.Backfilling,
+		found:       from.found,
+		blurred:     from.found.Overtaken(),
+		number:      uint64(from.checkpoint.Backfilled),
 	}
 	p.chain = s.relay.client.Load().NewChain(sink.Origin{Stream: s.stream, Message: s.message, Foreign: from.checkpoint.Foreign, Heritage: from.heritage}, p)
 	recorder.inflight = p.chain.InFlight

@@ -119,11 +119,17 @@ func (s *session) readAgain(ctx context.Context, from *origin) (err error) {
 	return err
 }
 
-// lookBack opens the backlog where there is one to publish: the pending rows that
-// the slot does not bring. Where the slot's own snapshot does not tell which these
-// are, the slot does.
+// lookBack opens the backlog where there is one to publish, and no list of it: the
+// pending rows that the slot does not bring. Where the slot's own snapshot does not
+// tell which these are, the slot does.
 func (s *session) lookBack(ctx context.Context, from *origin) error {
 	cp := &from.checkpoint
+	if cp.Phase == checkpoint.Backfilling && s.backlog == nil && s.missed == "" {
+		_, listed, err := s.store.BacklogLeft(ctx)
+		if err != nil || listed {
+			return err
+		}
+	}
 	switch {
 	case cp.Phase != checkpoint.Backfilling || s.backlog != nil:
 		return nil

@@ -37,7 +37,7 @@ type session struct {
 	conn      *replication.Conn
 	stream    sink.Stream
 	message   sink.MessageConfig
-	backlog   *outbox.Backlog // what does not come out of the slot; nil: all does
+	backlog   *outbox.Backlog // what does not come out of the slot, where that is to be listed; nil: it is, or all does
 	reading   *pgx.Conn       // the backlog's
 	confirmed pglogrepl.LSN   // of the slot, when it was started
 	missed    string          // why events may have come past the slot; empty: none did

@@ -27,7 +27,7 @@ grant insert (aggregate_type, aggregate_id, event_type, payload, headers), selec
 -- The relay. Insert, update and delete are on its own tables alone.
 grant select, update (status, published_at, failed_at, failed_reasons, failed_attempts) on events to relay;
 grant select, insert, update on outbox_relay_checkpoints to relay;
-grant select, insert, update, delete on outbox_relay_leftovers, outbox_relay_history, outbox_relay_batches to relay;
+grant select, insert, update, delete on outbox_relay_leftovers, outbox_relay_history, outbox_relay_batches, outbox_relay_backlog to relay;
 
 -- Only with OUTBOX_AFTER_PUBLISH=delete, or OUTBOX_RETENTION:
 -- grant delete on events to relay;
