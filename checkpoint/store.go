@@ -70,6 +70,10 @@ type Store struct {
 	slot    string
 	epoch   int64  // ours, once claimed
 	claimed string // the publication's fingerprint then: migrate may carry it over since
+	// version is the row's ctid after the last advance; empty: not known. While somebody
+	// holds a snapshot for long, no version of the row goes away, and a look-up by the slot
+	// goes through all of them.
+	version string
 
 	notReplicated bool
 }
@@ -115,7 +119,7 @@ func (s *Store) Read(ctx context.Context) (Checkpoint, error) {
 // statement: from here on no older connection can move it. To be called after
 // START_REPLICATION was accepted, so that two relays never claim in turn.
 func (s *Store) Claim(ctx context.Context) (Checkpoint, error) {
-	s.notReplicated = false
+	s.notReplicated, s.version = false, ""
 	c, epoch, err := scan(s.conn.QueryRow(ctx,
 		`update `+s.table+` set epoch = epoch + 1 where slot = $1 returning epoch, `+columns, s.slot))
 	s.epoch, s.claimed = epoch, c.Publication
@@ -163,7 +167,7 @@ func (s *Store) Backfilled(ctx context.Context) error {
 // statement waits is seen by the update alone.
 func (s *Store) changeClaimed(ctx context.Context, verb, set, more string, args pgx.NamedArgs) error {
 	args["slot"], args["epoch"] = s.slot, s.epoch
-	s.notReplicated = false
+	s.notReplicated, s.version = false, ""
 	var changed int
 	err := s.conn.QueryRow(ctx, `with changed as (update `+s.table+` set `+set+` where slot = @slot and epoch = @epoch returning slot)`+
 		more+` select count(*) from changed`, args).Scan(&changed)
@@ -202,7 +206,7 @@ func (s *Store) execClaimed(ctx context.Context, verb, sql string, args ...any) 
 }
 
 func (s *Store) exec(ctx context.Context, verb, sql string, args ...any) (rows int64, err error) {
-	s.notReplicated = false
+	s.notReplicated, s.version = false, ""
 	tag, err := s.conn.Exec(ctx, sql, args...)
 	return tag.RowsAffected(), s.explain(verb, s.durable(err))
 }
@@ -244,25 +248,39 @@ type Effects struct {
 // gone; after that, after ErrNotReplicated, and after a lost connection, the
 // caller must claim and read again.
 func (s *Store) Advance(ctx context.Context, a Advance, e Effects) error {
-	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": a.Position.Commit.String(),
+	known := s.version != ""
+	moved, err := s.advance(ctx, a, e, s.version)
+	if err == nil && !moved && known { // somebody else, such as migrate, has changed the row
+		moved, err = s.advance(ctx, a, e, "")
+	}
+	if err == nil && !moved {
+		err = ErrSuperseded
+	}
+	return s.explain("advance", err)
+}
+
+// advance moves the row if it is this version, or any version where that is empty.
+func (s *Store) advance(ctx context.Context, a Advance, e Effects, version string) (moved bool, err error) {
+	args := pgx.NamedArgs{"slot": s.slot, "epoch": s.epoch, "commit": a.Position.Commit.String(), "version": version,
 		"ordinal": a.Position.Ordinal, "sequence": a.Sequence, "message": a.MessageID, "confirm": a.Confirm.String(),
 		"keep": a.Keep.Seconds(), "apart": (a.Keep / keptApart).Seconds(), "rows": a.Batch.Rows}
 	for name, value := range e.Args {
 		args[name] = value
 	}
+	is := ""
+	if version != "" {
+		is = "ctid = @version::text::tid and "
+	}
 	query := `with advanced as (
 			update ` + s.table + ` set commit_lsn = @commit::pg_lsn, ordinal = @ordinal, stream_sequence = @sequence,
 				message_id = coalesce(nullif(@message::text, ''), message_id),
 				confirmed_lsn = greatest(confirmed_lsn, @confirm::pg_lsn), updated_at = now()` + s.stepping(a.Batch) + `
-			where slot = @slot and epoch = @epoch and (commit_lsn, ordinal) <= (@commit::pg_lsn, @ordinal::bigint)
-			returning slot, commit_lsn, ordinal, stream_sequence, message_id)` + s.steps(a.Batch) + s.keeping(a) + e.CTE + ` select (select count(*) from advanced)` + e.Result
-	var moved int
-	s.notReplicated = false
-	err := s.conn.QueryRow(ctx, query, args).Scan(append([]any{&moved}, e.Dest...)...)
-	if err = s.durable(err); err == nil && moved == 0 {
-		err = ErrSuperseded
-	}
-	return s.explain("advance", err)
+			where ` + is + `slot = @slot and epoch = @epoch and (commit_lsn, ordinal) <= (@commit::pg_lsn, @ordinal::bigint)
+			returning slot, commit_lsn, ordinal, stream_sequence, message_id, ctid)` + s.steps(a.Batch) + s.keeping(a) + e.CTE + `
+		select coalesce((select ctid::text from advanced), '')` + e.Result
+	s.notReplicated, s.version = false, ""
+	err = s.conn.QueryRow(ctx, query, args).Scan(append([]any{&s.version}, e.Dest...)...)
+	return s.version != "", s.durable(err)
 }
 
 // Guarded carries effects out outside an advance, and only under our epoch: the
