@@ -77,7 +77,7 @@ func (t Table) rowsInOrder(ctx context.Context, conn *pgx.Conn, layout Layout, i
 		id := string(row.Event.ID)
 		at := slices.Index(ids[n:], id)
 		if at < 0 {
-			return 0, 0, fmt.Errorf("row %s comes out of its turn", id)
+			return 0, 0, fmt.Errorf("row %s is out of order", id)
 		}
 		byID[id] = row
 		n, size = n+at+1, size+row.Event.Size()
