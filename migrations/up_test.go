@@ -61,7 +61,7 @@ func query[T any](tb testing.TB, conn *pgx.Conn, sql string, args ...any) T {
 // newDatabase is empty, with a session in it that owns all.
 func newDatabase(tb testing.TB) (*pgx.ConnConfig, *pgx.Conn) {
 	tb.Helper()
-	config := parse(tb, testenv.Database(tb, testenv.Postgres(tb)))
+	config := parse(tb, testenv.InhabitedDatabase(tb, testenv.Postgres(tb)))
 	return config, connect(tb, config)
 }
 
@@ -472,7 +472,7 @@ func TestRefusals(t *testing.T) {
 func TestLackingPrivilege(t *testing.T) {
 	t.Parallel()
 	config, conn := newDatabase(t)
-	role := "migrator_" + config.Database
+	role := "migrator_" + testenv.SlotName(t, config.ConnString())
 	execute(t, conn, "create role "+role+" login password 'secret'; create schema mine")
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
@@ -496,7 +496,7 @@ func TestLackingPrivilege(t *testing.T) {
 			t.Errorf("the cause is lost: %v", err)
 		}
 	}
-	execute(t, conn, "grant create on database "+config.Database+" to "+role)
+	execute(t, conn, "grant create on database "+Quote(config.Database)+" to "+role)
 	up(t, weak, target)
 	requireWorks(t, conn, target)
 }

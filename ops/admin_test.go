@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os/exec"
 	"slices"
 	"strings"
@@ -21,7 +20,6 @@ import (
 
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
-	"outbox-relay/migrations"
 	"outbox-relay/ops"
 	"outbox-relay/outbox"
 	"outbox-relay/sink"
@@ -72,12 +70,9 @@ func setup(t *testing.T) *desk {
 
 func setupOn(t *testing.T, cluster *pgserver.Cluster) *desk {
 	t.Helper()
-	d := &desk{T: t, url: testenv.Database(t, cluster), nats: testenv.NATS(t, testenv.NATSOptions{})}
-	config, err := pgx.ParseConfig(d.url)
-	d.must(err)
-	d.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
-		slog.New(slog.DiscardHandler)))
-	d.slot = config.Database
+	d := &desk{T: t, url: testenv.SeasonedDatabase(t, cluster), nats: testenv.NATS(t, testenv.NATSOptions{})}
+	d.slot = testenv.SlotName(t, d.url)
+	var err error
 	d.sql, err = pgx.Connect(t.Context(), d.url)
 	d.must(err)
 	t.Cleanup(func() { d.sql.Close(context.Background()) })

@@ -116,7 +116,7 @@ func forms(t *testing.T, run func(t *testing.T, terminal bool)) {
 
 func TestMigrateShowsProgress(t *testing.T) {
 	forms(t, func(t *testing.T, terminal bool) {
-		e := &ends{postgres: testenv.Database(t, testenv.Postgres(t)), nats: "nats://127.0.0.1:1", slot: "outbox_relay"}
+		e := &ends{postgres: testenv.InhabitedDatabase(t, testenv.Postgres(t)), nats: "nats://127.0.0.1:1", slot: "outbox_relay"}
 		s := e.watch(t, terminal, "migrate")
 		s.end(t, terminal, "migrating")
 		if !strings.Contains(s.text(), "migration applied") {

@@ -21,7 +21,7 @@ import (
 	"outbox-relay/migrations"
 )
 
-// bundle is a test's own database, migrated, with its own NATS server.
+// bundle is a test's own database, migrated and seasoned, with its own NATS server.
 type bundle struct {
 	testing.TB
 	cluster *pgserver.Cluster
@@ -42,7 +42,20 @@ func setup(t testing.TB) *bundle {
 
 func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
 	t.Helper()
-	b := setupEmpty(t, cluster, options)
+	b := setupDatabase(t, cluster, testenv.SeasonedDatabase(t, cluster), options)
+	b.grant()
+	return b
+}
+
+// setupFresh is setup with an outbox that never had a row, and nobody beside it.
+func setupFresh(t testing.TB) *bundle {
+	t.Helper()
+	return setupFreshOn(t, testenv.Postgres(t), testenv.NATSOptions{})
+}
+
+func setupFreshOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
+	t.Helper()
+	b := setupDatabase(t, cluster, testenv.Database(t, cluster), options)
 	config, err := pgx.ParseConfig(b.url)
 	b.must(err)
 	b.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
@@ -54,8 +67,13 @@ func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOption
 // setupEmpty does not migrate.
 func setupEmpty(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
 	t.Helper()
+	return setupDatabase(t, cluster, testenv.InhabitedDatabase(t, cluster), options)
+}
+
+func setupDatabase(t testing.TB, cluster *pgserver.Cluster, url string, options testenv.NATSOptions) *bundle {
+	t.Helper()
 	testenv.RelayBinary(t) // compiled before there is any load
-	b := &bundle{TB: t, cluster: cluster, url: testenv.Database(t, cluster), nats: testenv.NATS(t, options), granted: map[string]bool{}}
+	b := &bundle{TB: t, cluster: cluster, url: url, nats: testenv.NATS(t, options), granted: map[string]bool{}}
 	b.sql = b.connect()
 	b.env = map[string]string{
 		"OUTBOX_POSTGRES_URL":  b.url,
@@ -114,9 +132,7 @@ func (b *bundle) dial() {
 
 // slot is unique in the cluster, which tests share.
 func (b *bundle) slot() string {
-	config, err := pgx.ParseConfig(b.url)
-	b.must(err)
-	return config.Database
+	return testenv.SlotName(b, b.url)
 }
 
 func (b *bundle) must(err error) {

@@ -80,7 +80,7 @@ func newHouse(t *testing.T, keeping Housekeeping) *house {
 // newHouseOn runs some SQL before it migrates.
 func newHouseOn(t *testing.T, cluster *pgserver.Cluster, keeping Housekeeping, before string) *house {
 	t.Helper()
-	h := &house{T: t, url: testenv.Database(t, cluster), limits: &fakeLimits{tooLarge: map[string]bool{}}, logged: &logged{}}
+	h := &house{T: t, url: testenv.SeasonedDatabase(t, cluster), limits: &fakeLimits{tooLarge: map[string]bool{}}, logged: &logged{}}
 	config, err := pgx.ParseConfig(h.url)
 	h.must(err)
 	h.sql, err = pgx.Connect(t.Context(), h.url)

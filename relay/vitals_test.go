@@ -7,6 +7,8 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"outbox-relay/internal/testenv"
 )
 
 // watched is a slot without a relay, and what vitals export of it.
@@ -20,7 +22,7 @@ func newWatched(t *testing.T) *watched {
 	t.Helper()
 	w := &watched{house: newHouse(t, Housekeeping{}), vitals: &vitals{}, registry: prometheus.NewRegistry()}
 	w.registry.MustRegister(w.vitals)
-	w.housekeeper.table.Slot = w.sql.Config().Database
+	w.housekeeper.table.Slot = testenv.SlotName(t, w.url)
 	return w
 }
 
