@@ -8,8 +8,10 @@ import (
 	"regexp"
 	"sync"
 	"testing"
+	"time"
 
 	"outbox-relay/internal/pgserver"
+	"outbox-relay/internal/wait"
 	"outbox-relay/migrations"
 
 	"github.com/jackc/pgx/v5"
@@ -188,7 +190,7 @@ func inhabit(ctx context.Context, conn *pgx.Conn) error {
 	return eachOf(ctx, conn,
 		`CREATE SCHEMA "Shop Floor"`,
 		`CREATE TABLE "Shop Floor"."Order Lines" (id bigint PRIMARY KEY, "Unit Price" numeric NOT NULL, note text, changed timestamptz NOT NULL DEFAULT now())`,
-		`INSERT INTO "Shop Floor"."Order Lines" SELECT i, i / 100.0, repeat('x', 100) FROM generate_series(1, 20000) i`,
+		fmt.Sprintf(`INSERT INTO "Shop Floor"."Order Lines" SELECT i, i / 100.0, repeat('x', 100) FROM generate_series(1, %d) i`, neighbourRows),
 		`CREATE INDEX "By Price" ON "Shop Floor"."Order Lines" ("Unit Price")`,
 		`CREATE TABLE "order" ("select" text PRIMARY KEY, "Größe" int)`,
 		`CREATE PUBLICATION "Data Warehouse" FOR TABLE "Shop Floor"."Order Lines", "order" WITH (publish = 'insert, update, delete')`,
@@ -259,34 +261,40 @@ func eachOf(ctx context.Context, conn *pgx.Conn, statements ...string) error {
 	return nil
 }
 
-// Busy has a neighbour of the outbox change rows of its own, in the seasoned or
-// inhabited database at the URL, without a pause until the test ends: some hundred in a
-// transaction, all of which every walsender of the database decodes.
-func Busy(tb testing.TB, url string) {
+// Busy has a neighbour of the outbox, in the seasoned or inhabited database at the
+// URL, change about that many of its rows a second until the test ends. Every walsender
+// of the database decodes them. Where Postgres goes away it connects again.
+func Busy(tb testing.TB, url string, perSecond int) {
 	tb.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- changeNeighbour(ctx, url) }()
-	tb.Cleanup(func() {
-		cancel()
-		if err := <-done; err != nil {
-			tb.Logf("the busy neighbour: %v", err) // the test may have stopped Postgres
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for ctx.Err() == nil {
+			_ = changeNeighbour(ctx, url, perSecond) // the test may have stopped Postgres
+			wait.For(ctx, 100*time.Millisecond)
 		}
-	})
+	}()
+	tb.Cleanup(func() { cancel(); <-done })
 }
 
+// neighbourRows is how many rows the neighbour has, with ids from 1 on.
+const neighbourRows = 20_000
+
 // changeNeighbour works until ctx or its session ends.
-func changeNeighbour(ctx context.Context, url string) error {
+func changeNeighbour(ctx context.Context, url string, perSecond int) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
 		return err
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
-	for first := 0; ctx.Err() == nil; first = (first + 500) % 20_000 {
-		_, err := conn.Exec(ctx, `UPDATE "Shop Floor"."Order Lines" SET changed = clock_timestamp() WHERE id BETWEEN $1 AND $1 + 499`, first)
-		if err != nil && ctx.Err() == nil {
+	const each = 100
+	for first := 1; ctx.Err() == nil; first = (first + each) % neighbourRows {
+		_, err := conn.Exec(ctx, `UPDATE "Shop Floor"."Order Lines" SET changed = clock_timestamp() WHERE id BETWEEN $1 AND $2`, first, first+each-1)
+		if err != nil {
 			return err
 		}
+		wait.For(ctx, each*time.Second/time.Duration(perSecond))
 	}
 	return nil
 }

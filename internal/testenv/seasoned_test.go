@@ -52,7 +52,7 @@ func TestInhabitedDatabase(t *testing.T) {
 // A busy neighbour changes its rows until it is stopped.
 func TestBusyNeighbour(t *testing.T) {
 	url := InhabitedDatabase(t, Postgres(t))
-	Busy(t, url)
+	Busy(t, url, 10_000)
 	Eventually(t, "rows that change", func() bool {
 		return query[bool](t, url, `select count(*) > 1000 from "Shop Floor"."Order Lines" where changed > (select min(changed) from "Shop Floor"."Order Lines")`)
 	})
