@@ -80,6 +80,7 @@ func newEnds(t *testing.T) *ends {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { e.sql.Close(context.Background()) })
+	e.exec(t, withoutFailures)
 	return e
 }
 
