@@ -11,16 +11,14 @@ import (
 // Statuses returns the status of each of these rows; an id that has no row is
 // left out.
 func (t Table) Statuses(ctx context.Context, conn *pgx.Conn, ids []string) (map[string]string, error) {
-	rows, err := conn.Query(ctx, `select `+t.id("e")+`, status from `+t.String()+` e where `+t.id("e")+` = any ($1)`, ids)
-	if err != nil {
-		return nil, fmt.Errorf("read the status of rows of %s: %w", t, err)
-	}
 	statuses := map[string]string{}
-	var id, status string
-	if _, err = pgx.ForEachRow(rows, []any{&id, &status}, func() error {
+	err := t.lookUp(ctx, conn, ids, t.id("e")+" as id, e.status", func(r pgx.CollectableRow) (id string, err error) {
+		var status string
+		err = r.Scan(&id, &status)
 		statuses[id] = status
-		return nil
-	}); err != nil {
+		return id, err
+	})
+	if err != nil {
 		return nil, fmt.Errorf("read the status of rows of %s: %w", t, err)
 	}
 	return statuses, nil
@@ -64,7 +62,8 @@ func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string) (don
 			done, status, err = t.parkGone(ctx, tx, id, reason)
 		case err == nil && status == "pending":
 			done = Parked
-			_, err = tx.Exec(ctx, t.failed(`(select $1::text as id, $2::text as reason)`), id, reason)
+			_, err = tx.Exec(ctx, `update `+t.String()+` e set status = 'failed', failed_at = now(), failed_attempts = e.failed_attempts + 1,
+				failed_reasons = array_append(e.failed_reasons, $2::text) where `+t.id("e")+` = $1`, id, reason)
 		case err == nil:
 			done = NotPending
 		}

@@ -119,7 +119,7 @@ func (b *Backlog) read(ctx context.Context) error {
 		}
 	}
 	var err error
-	b.rows, err = b.conn.Query(ctx, b.table.selectRows(b.layout)+b.condition()+` order by `+b.table.id("e"), b.args()...)
+	b.rows, err = b.conn.Query(ctx, "select "+b.table.rowColumns(b.layout)+" from "+b.table.String()+" e where "+b.condition()+` order by `+b.table.id("e"), b.args()...)
 	if err != nil {
 		return fmt.Errorf("read the backlog of %s: %w", b.table, err)
 	}
@@ -128,14 +128,15 @@ func (b *Backlog) read(ctx context.Context) error {
 
 // WithoutRow returns those of the ids that no row has.
 func (t Table) WithoutRow(ctx context.Context, conn *pgx.Conn, ids []string) ([]string, error) {
-	rows, err := conn.Query(ctx, `select u.id from unnest($1::text[]) with ordinality as u(id, n)
-		where not exists (select from `+t.String()+` e where `+t.id("e")+` = u.id) order by u.n`, ids)
+	statuses, err := t.Statuses(ctx, conn, ids)
 	if err != nil {
-		return nil, fmt.Errorf("look for rows of %s: %w", t, err)
+		return nil, err
 	}
-	without, err := pgx.CollectRows(rows, pgx.RowTo[string])
-	if err != nil {
-		return nil, fmt.Errorf("look for rows of %s: %w", t, err)
+	var without []string
+	for _, id := range ids {
+		if _, there := statuses[id]; !there {
+			without = append(without, id)
+		}
 	}
 	return without, nil
 }

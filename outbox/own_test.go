@@ -34,10 +34,14 @@ func TestOwnOutboxIsFoundByIndex(t *testing.T) {
 		table := outbox.Table{Schema: "public", Name: "own", Slot: "slot", Mode: mode, Columns: outbox.Columns{Names: names}}
 		effects, err := table.Outcomes(items, &outbox.Recorded{})
 		b.must(err)
+		leftovers := table.WriteLeftovers([]outbox.Leftover{{ID: "stored 1", Outcome: "published"}}, &outbox.LeftoversWritten{})
+		for name, value := range leftovers.Args {
+			effects.Args[name] = value
+		}
 		effects.Args["slot"] = "slot"
 		for _, sql := range []string{
 			`with advanced as (select)` + effects.CTE + ` select 1` + effects.Result,
-			`with advanced as (select)` + table.Leftovers(new(int)).CTE + ` select 1`,
+			`with advanced as (select)` + leftovers.CTE + ` select 1`,
 		} {
 			rows, err := b.sql.Query(t.Context(), `explain (costs off) `+sql, effects.Args)
 			b.must(err)

@@ -118,11 +118,18 @@ const ulidLength, ulidTimeLength = 26, 10
 // like one by chance is told by created_at: a transaction begins at most a day
 // before it inserts.
 func (m made) ulid() (prefix string, at time.Time, ok bool) {
-	split := len(m.id) - ulidLength
+	prefix, at, ok = ulid(m.id)
+	return prefix, at, ok && at.Sub(m.at).Abs() < longestTransaction
+}
+
+// ulid splits an id into a prefix and the time in the ULID behind it, if it ends with
+// 26 characters that could be one.
+func ulid(id string) (prefix string, at time.Time, ok bool) {
+	split := len(id) - ulidLength
 	if split < 0 {
 		return "", at, false
 	}
-	prefix, text := m.id[:split], m.id[split:]
+	prefix, text := id[:split], id[split:]
 	var ms int64
 	for i := range len(text) {
 		value := strings.IndexByte(crockford, text[i])
@@ -133,6 +140,5 @@ func (m made) ulid() (prefix string, at time.Time, ok bool) {
 			ms = ms<<5 | int64(value)
 		}
 	}
-	at = time.UnixMilli(ms)
-	return prefix, at, at.Sub(m.at).Abs() < 24*time.Hour
+	return prefix, time.UnixMilli(ms), true
 }

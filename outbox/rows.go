@@ -20,17 +20,16 @@ func (r *Row) Pending() bool { return string(r.Event.Status) == "pending" }
 
 // Rows reads the rows with these ids. An id that is not in the result has none.
 func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string) (map[string]*Row, error) {
-	rows, err := conn.Query(ctx, t.selectRows(layout)+t.id("e")+` = any ($1)`, ids)
-	if err != nil {
-		return nil, fmt.Errorf("read rows of %s: %w", t, err)
-	}
 	byID := make(map[string]*Row, len(ids))
-	list, err := pgx.CollectRows(rows, func(r pgx.CollectableRow) (*Row, error) { return t.scanRow(r) })
+	err := t.lookUp(ctx, conn, ids, t.rowColumns(layout), func(r pgx.CollectableRow) (string, error) {
+		row, err := t.scanRow(r)
+		if err == nil {
+			byID[string(row.Event.ID)] = row
+		}
+		return string(row.Event.ID), err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("read rows of %s: %w", t, err)
-	}
-	for _, row := range list {
-		byID[string(row.Event.ID)] = row
 	}
 	return byID, nil
 }
@@ -45,11 +44,8 @@ func (t Table) Failed(ctx context.Context, conn *pgx.Conn, id string) (failed bo
 	return failed, nil
 }
 
-// selectRows begins a query for rows of table e: what scanRow takes, but for the
-// condition.
-func (t Table) selectRows(layout Layout) string {
-	return `select e.retried_attempts, ` + t.values(layout) + ` from ` + t.String() + ` e where `
-}
+// rowColumns are the columns of a row e that scanRow takes.
+func (t Table) rowColumns(layout Layout) string { return "e.retried_attempts, " + t.values(layout) }
 
 func (t Table) scanRow(r pgx.CollectableRow) (*Row, error) {
 	row := &Row{}

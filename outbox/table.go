@@ -30,6 +30,15 @@ type Table struct {
 	Slot         string // whose leftovers are meant
 	Mode         Mode
 	Columns      Columns
+	// ByTime says that the table is partitioned by range of created_at, a timestamptz:
+	// an id that tells when it was made then tells the partition. Layout says it.
+	ByTime bool
+}
+
+// As returns the table as the catalog has it.
+func (t Table) As(l Layout) Table {
+	t.Columns.Payload, t.ByTime = l.Payload, l.ByTime
+	return t
 }
 
 // String returns the name quoted for SQL.
@@ -46,6 +55,7 @@ type Layout struct {
 	OID     uint32
 	Columns map[string]bool // all that the table has
 	Payload string          // the type of the payload
+	ByTime  bool            // see Table
 }
 
 // Inspect reads the layout and checks that the relay can work with the table;
@@ -65,17 +75,21 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 // error that says what to do.
 func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	l := Layout{Columns: map[string]bool{}}
-	rows, err := conn.Query(ctx, `select a.attrelid, a.attname, pg_catalog.format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null)
+	rows, err := conn.Query(ctx, `select a.attrelid, a.attname, pg_catalog.format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null),
+			exists (select from pg_catalog.pg_partitioned_table p where p.partrelid = a.attrelid and p.partstrat = 'r'
+				and p.partnatts = 1 and p.partattrs[0] = a.attnum)
 		from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
 		where a.attrelid = pg_catalog.to_regclass($1) and a.attnum > 0 and not a.attisdropped`, t.String())
 	if err != nil {
 		return l, fmt.Errorf("read the columns of %s: %w", t, err)
 	}
 	var column, kind string
+	var key bool
 	types := map[string]string{}
-	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind, &key}, func() error {
 		l.Columns[column] = true
 		types[column] = kind
+		l.ByTime = l.ByTime || key && column == t.Columns.Name("created_at") && kind == "timestamp with time zone"
 		return nil
 	})
 	switch {

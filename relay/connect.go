@@ -2,8 +2,10 @@ package relay
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -28,14 +30,13 @@ func (r *Relay) postgres() (*pgx.ConnConfig, error) {
 }
 
 // sqlConfig is that of a connection for SQL, pinned to what the relay expects,
-// whatever the defaults of role and database are.
+// whatever the defaults of role and database are. It has further settings, which are
+// set once it is connected, so that no pooler has to know them.
 //
 // Statements are planned for the batch that they get. From the sixth on Postgres may
-// take a plan for any, which believes a batch to be ten rows; where the outbox was last
-// analyzed while it was empty, it went through the whole of it for each, two minutes
-// instead of 50 ms (tried on 15; src/backend/utils/cache/plancache.c,
-// choose_custom_plan).
-func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
+// take a plan for any, which believes a batch to be ten rows
+// (src/backend/utils/cache/plancache.c, choose_custom_plan).
+func (r *Relay) sqlConfig(application string, settings map[string]string) (*pgx.ConnConfig, error) {
 	config, err := r.postgres()
 	if err != nil {
 		return nil, err
@@ -58,8 +59,23 @@ func (r *Relay) sqlConfig(application string) (*pgx.ConnConfig, error) {
 		config.RuntimeParams[name] = value
 	}
 	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
-	config.AfterConnect = replication.NoTransactionTimeout
+	config.AfterConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
+		if err := replication.NoTransactionTimeout(ctx, conn); err != nil || len(settings) == 0 {
+			return err
+		}
+		return set(ctx, conn, settings)
+	}
 	return config, nil
+}
+
+// set changes settings of the session, whose names and values need no quoting.
+func set(ctx context.Context, conn *pgconn.PgConn, settings map[string]string) error {
+	var calls []string
+	for name, value := range settings {
+		calls = append(calls, fmt.Sprintf("pg_catalog.set_config('%s', '%s', false)", name, value))
+	}
+	_, err := conn.Exec(ctx, "select "+strings.Join(calls, ", ")).ReadAll()
+	return err
 }
 
 // explainConnect adds what to do where it isn't plain.

@@ -45,7 +45,7 @@ var readOnly = map[string]string{"default_transaction_read_only": "on", "search_
 // Postgres connects for SQL as the relay does, and returns the connection, which
 // Close closes.
 func (e *Examination) Postgres(ctx context.Context) (*pgx.Conn, error) {
-	config, err := e.s.relay.sqlConfig("outbox-relay doctor")
+	config, err := e.s.relay.sqlConfig("outbox-relay doctor", nil)
 	if err != nil {
 		return nil, err
 	}

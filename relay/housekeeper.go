@@ -173,7 +173,7 @@ func (h *housekeeper) connect(ctx context.Context) error {
 	if h.conn != nil {
 		return nil
 	}
-	config, err := h.relay.sqlConfig("outbox-relay housekeeper")
+	config, err := h.relay.sqlConfig("outbox-relay housekeeper", outbox.LookupSettings())
 	if err != nil {
 		return err
 	}

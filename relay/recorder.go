@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,8 +44,7 @@ type recorder struct {
 	ownEnd    pglogrepl.LSN         // where WAL ended after our last write; 0: not seen yet
 	lastWrite time.Time
 	pending   []confirmation
-	waiting   int // leftovers
-	swept     time.Time
+	leftovers leftovers
 	calm      calmer
 
 	inflight func() (events, bytes int) // of the chain
@@ -77,8 +77,8 @@ func newRecorder(s *session, tracker *checkpoint.Tracker, from origin) *recorder
 	return &recorder{
 		session: s, tracker: tracker, reader: from.reader, want: from.checkpoint.Publication,
 		position: from.checkpoint.Position, confirm: from.checkpoint.Confirmed,
-		waiting: 1, // not known: look
-		urgent:  make(chan struct{}, 1), requests: make(chan request),
+		leftovers: leftovers{waiting: 1}, // not known: look
+		urgent:    make(chan struct{}, 1), requests: make(chan request),
 	}
 }
 
@@ -243,7 +243,7 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	if r.ownEnd == 0 {
 		r.ownEnd = state.WALEnd
 	}
-	batch := r.tracker.Batch(recordLimit, state.Snapshot.Visible)
+	batch, full := r.nextBatch(state)
 	if len(batch.Items) > 0 && batch.Position.Commit >= state.WALEnd {
 		return false, fmt.Errorf("%w: a transaction that can be seen commits at %s, and WAL ends at %s", decoder.ErrMalformed, batch.Position.Commit, state.WALEnd)
 	}
@@ -258,7 +258,23 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	if err := r.relay.vitals.look(ctx, r.table, r.sql, r.tracker.Safe); err != nil {
 		return false, err
 	}
-	return len(batch.Items) >= recordLimit, r.sweep(ctx)
+	return full, r.sweep(ctx)
+}
+
+// nextBatch is what can be recorded by one statement. full says that there may be more.
+func (r *recorder) nextBatch(state outbox.State) (b checkpoint.Batch, full bool) {
+	b = r.tracker.Batch(recordLimit, state.Snapshot.Visible)
+	n := len(b.Items)
+	if r.table.ByTime {
+		ids := make([]string, n)
+		for i, item := range b.Items {
+			ids[i] = string(item.ID)
+		}
+		if near := r.table.Near(ids); near < n {
+			return r.tracker.Batch(near, state.Snapshot.Visible), true
+		}
+	}
+	return b, n >= recordLimit
 }
 
 // passedOver ends the session: what the changed publication may have passed over
@@ -363,26 +379,83 @@ func (r *recorder) step(items []checkpoint.Item) checkpoint.BatchStep {
 
 func (r *recorder) tell(recorded outbox.Recorded, events int) {
 	r.relay.metrics.recorded.Add(float64(events))
-	if n := recorded.Locked(); n > 0 {
-		r.waiting += n
+	if n := recorded.Locked() + recorded.Astray; n > 0 {
+		r.leftovers.add(n)
 		r.relay.metrics.leftovers.Add(float64(n))
+	}
+	if n := recorded.Locked(); n > 0 {
 		r.log.Info("rows are locked by the application: their outcome is kept, and written when they are free", "rows", n)
 	}
 	if n := recorded.Answered(); n > 0 {
 		r.log.Info("rows are gone or no longer pending: the application deleted or changed them, or their outcome was recorded before", "rows", n)
+	}
+	if n := recorded.Astray; n > 0 {
+		r.log.Info("rows are not in the partition that their id tells: looking in all partitions", "rows", n)
 	}
 	if recorded.Kept > 0 {
 		r.log.Warn("rejected events whose row is gone are kept whole in outbox_relay_leftovers", "events", recorded.Kept)
 	}
 }
 
-// sweep writes the outcomes of rows that were locked.
+// leftovers are the outcomes of rows that were locked. They are gone through in the
+// order of their ids, again and again, so that none waits behind rows that stay locked.
+type leftovers struct {
+	waiting int       // how many wait; 0: none
+	after   string    // this pass is done up to here
+	left    int       // those of this pass that still wait
+	added   int       // since this pass began
+	swept   time.Time // when the last step was
+}
+
+// leftoversStep is how many outcomes one statement writes.
+const leftoversStep = 1000
+
+func (l *leftovers) add(n int) {
+	l.waiting += n
+	l.added += n
+}
+
+// step notes that done of these outcomes are written, and whether they were the last.
+func (l *leftovers) step(batch []outbox.Leftover, done int, last bool) {
+	l.left += len(batch) - done
+	if !last {
+		l.after = batch[len(batch)-1].ID
+		return
+	}
+	l.waiting = l.left + l.added
+	l.after, l.left, l.added = "", 0, 0
+}
+
+// sweep writes the outcomes of rows that were locked and are free by now.
 func (r *recorder) sweep(ctx context.Context) error {
-	if r.waiting == 0 || time.Since(r.swept) < checkEvery {
+	l := &r.leftovers
+	if l.waiting == 0 || time.Since(l.swept) < checkEvery {
 		return nil
 	}
-	r.swept = time.Now()
-	return r.store.Guarded(ctx, r.table.Leftovers(&r.waiting))
+	l.swept = time.Now()
+	batch, last, err := r.table.NextLeftovers(ctx, r.sql, l.after, leftoversStep)
+	if err != nil {
+		return err
+	}
+	done, err := r.write(ctx, batch)
+	if err == nil {
+		l.step(batch, done, last)
+	}
+	return err
+}
+
+// write writes leftovers whose rows are free, wherever these are.
+func (r *recorder) write(ctx context.Context, batch []outbox.Leftover) (done int, err error) {
+	if len(batch) == 0 {
+		return 0, nil
+	}
+	var found, anywhere outbox.LeftoversWritten
+	err = r.store.Guarded(ctx, r.table.WriteLeftovers(batch, &found))
+	if err == nil && len(found.Astray) > 0 {
+		astray := slices.DeleteFunc(slices.Clone(batch), func(l outbox.Leftover) bool { return !slices.Contains(found.Astray, l.ID) })
+		err = r.store.Guarded(ctx, r.table.WriteLeftoversAnywhere(astray, &anywhere))
+	}
+	return found.Done + anywhere.Done, err
 }
 
 func (r *recorder) observe() {
@@ -390,7 +463,7 @@ func (r *recorder) observe() {
 	events, bytes := r.inflight()
 	m.inflight.Set(float64(events))
 	m.inflightBytes.Set(float64(bytes))
-	m.waiting.Set(float64(r.waiting))
+	m.waiting.Set(float64(r.leftovers.waiting))
 	m.unrecorded.Set(float64(r.tracker.Len()))
 	m.confirmed.Set(float64(r.reader.Confirmed()))
 }

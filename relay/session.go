@@ -88,7 +88,7 @@ func (s *session) connect(ctx context.Context) error {
 	if s.layout, err = s.table.Inspect(ctx, s.sql); err != nil {
 		return err
 	}
-	s.table.Columns.Payload = s.layout.Payload
+	s.table = s.table.As(s.layout)
 	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
 		return err
 	}
@@ -157,7 +157,7 @@ var errSlotFree = errors.New("the slot is free")
 const standbyPause = 500 * time.Millisecond
 
 func (s *session) connectSQL(ctx context.Context) error {
-	config, err := s.relay.sqlConfig("outbox-relay recorder")
+	config, err := s.relay.sqlConfig("outbox-relay recorder", outbox.LookupSettings())
 	if err != nil {
 		return err
 	}
