@@ -192,6 +192,13 @@ func (b *bundle) with(changes ...string) map[string]string {
 	return env
 }
 
+// forgetFailures takes the failed rows out of the history, for a test that asks for
+// all failed rows.
+func (b *bundle) forgetFailures() {
+	b.Helper()
+	b.exec(`delete from events where status = 'failed'`)
+}
+
 // insert inserts n events in one statement and returns their ids in order.
 func (b *bundle) insert(n int) []string {
 	b.Helper()
