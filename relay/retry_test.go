@@ -81,7 +81,9 @@ func TestRetryOnceTheLimitIsRaised(t *testing.T) {
 		values ('order', 'large', jsonb_build_object('x', repeat('y', 3000))) returning id`).Scan(&id))
 	b.requireStatus("failed", []string{id})
 	b.exec(`select outbox_retry($1)`, id)
-	testenv.Eventually(t, "the second failure", func() bool { return b.count(`select count(*) from events where failed_attempts = 2 and aggregate_type <> 'history'`) == 1 })
+	testenv.Eventually(t, "the second failure", func() bool {
+		return b.count(`select count(*) from events where failed_attempts = 2 and aggregate_type <> 'history'`) == 1
+	})
 	config.MaxMsgSize = -1
 	_, err = b.js.UpdateStream(t.Context(), config)
 	b.must(err)
