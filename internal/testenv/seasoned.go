@@ -150,6 +150,9 @@ func (t *templateMakers) make(tb testing.TB, c *pgserver.Cluster) error {
 	if err != nil || there {
 		return err
 	}
+	if err := leaveSlot(c); err != nil {
+		return fmt.Errorf("another tool's slot: %w", err)
+	}
 	if err := inTemplate(c, inhabited, "template1", inhabit); err != nil {
 		return fmt.Errorf("%s: %w", inhabited, err)
 	}
@@ -182,6 +185,26 @@ func inTemplate(c *pgserver.Cluster, name, from string, fill func(context.Contex
 	}
 	err := withConnTo(c, name, fill)
 	return errors.Join(err, execute(c, "ALTER DATABASE "+name+" IS_TEMPLATE true ALLOW_CONNECTIONS false"))
+}
+
+// leaveSlot makes a database with a slot that another tool has left behind: it keeps
+// WAL, and the dead rows of all catalogs, for as long as the cluster lives. A cluster
+// without logical decoding has none.
+func leaveSlot(c *pgserver.Cluster) error {
+	var level string
+	err := withConn(c, func(ctx context.Context, conn *pgx.Conn) error {
+		return conn.QueryRow(ctx, `SHOW wal_level`).Scan(&level)
+	})
+	if err != nil || level != "logical" {
+		return err
+	}
+	const warehouse = "Data Warehouse"
+	if err := execute(c, "CREATE DATABASE "+pgx.Identifier{warehouse}.Sanitize()); err != nil {
+		return err
+	}
+	return withConnTo(c, warehouse, func(ctx context.Context, conn *pgx.Conn) error {
+		return eachOf(ctx, conn, `SELECT pg_create_logical_replication_slot('data_warehouse', 'pgoutput')`)
+	})
 }
 
 // inhabit makes the neighbours: other tables, one of them large, and what other

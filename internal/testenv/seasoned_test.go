@@ -22,6 +22,7 @@ func TestSeasonedDatabase(t *testing.T) {
 				"a column that needs quotes":         `select count("Tenant Id") > 0 from events`,
 				"eager autovacuum":                   `select 'autovacuum_analyze_scale_factor=0' = any (reloptions) from pg_class where oid = 'events'::regclass`,
 				"another publication":                `select count(*) = 1 from pg_publication where pubname = 'Data Warehouse'`,
+				"another tool's slot":                `select count(*) = 1 from pg_replication_slots where slot_name = 'data_warehouse' and not active`,
 				"a neighbour":                        `select count(*) > 10000 from "Shop Floor"."Order Lines"`,
 				"settings of the database":           `select current_setting('TimeZone') = 'Asia/Kathmandu' and current_setting('DateStyle') = 'SQL, DMY'`,
 				"a name that needs quotes":           `select quote_ident(current_database()) <> current_database()`,
