@@ -414,7 +414,7 @@ func TestPark(t *testing.T) {
 
 func TestReplayChooses(t *testing.T) {
 	t.Parallel()
-	d := setup(t)
+	d := setupFresh(t)
 	d.listen()
 	d.insert(3, "order", "placed")
 	payments := d.insert(2, "payment", "taken")
@@ -480,7 +480,7 @@ func TestReplayFollowsTheRelay(t *testing.T) {
 	ids := d.insert(3500, "order", "placed")
 	ended := make(chan error, 1)
 	go func() {
-		ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{All: true, Run: "again", Yes: true})
+		ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{Selection: outbox.Selection{AggregateType: "order"}, Run: "again", Yes: true})
 	}()
 	var seen []request
 	for n := range 4 {
@@ -670,7 +670,7 @@ func TestCommandsMoveTheRelay(t *testing.T) {
 	r := d.relay("OUTBOX_ON_REJECT=halt")
 	ids := d.insert(1200, "order", "placed")
 	d.ids(1200)
-	d.must(d.admin.Replay(t.Context(), ops.Replay{All: true, Run: "again", Yes: true}))
+	d.must(d.admin.Replay(t.Context(), ops.Replay{Selection: outbox.Selection{AggregateType: "order"}, Run: "again", Yes: true}))
 	want := slices.Clone(ids)
 	for _, id := range ids {
 		want = append(want, id+":again")
@@ -722,7 +722,7 @@ func TestReplayOfRowsThatGo(t *testing.T) {
 			d.listen()
 			ended := make(chan error, 1)
 			go func() {
-				ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{All: true, Run: "again", Yes: true})
+				ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{Selection: outbox.Selection{AggregateType: "order"}, Run: "again", Yes: true})
 			}()
 			testenv.Eventually(t, "a request", func() bool { return len(d.requests()) == 1 })
 			d.exec(`delete from events where id = any ($1)`, ids[3-gone:])
