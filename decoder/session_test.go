@@ -149,6 +149,7 @@ func (r *recorder) Data(start pglogrepl.LSN, data []byte) error {
 func (r *recorder) Keepalive(pglogrepl.LSN, bool) error { return nil }
 func (r *recorder) Idle()                               {}
 func (r *recorder) Notice(string)                       {}
+func (r *recorder) Lost(error)                          {}
 
 // dump decodes the session and prints its transactions: what a reviewer reads
 // beside the history. Long values are cut.

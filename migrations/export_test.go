@@ -14,3 +14,5 @@ var (
 )
 
 func (t Target) Qualified() string { return t.qualified() }
+
+func (t Target) Numbered() ([]File, error) { return t.numbered() }

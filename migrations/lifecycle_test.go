@@ -41,7 +41,7 @@ func TestUpgradeFromTheFirstRelease(t *testing.T) {
 
 	log := up(t, config, usual)
 	if strings.Contains(log, "001_events.sql") || strings.Contains(log, "002_") || !strings.Contains(log, "file=003_lifecycle.sql") {
-		t.Errorf("log, with 003 only wanted:\n%s", log)
+		t.Errorf("log, with 003 and later ones wanted:\n%s", log)
 	}
 	got := query[string](t, conn, `select concat_ws(' ', slot, phase, stream_sequence, backfilled) from outbox_relay_checkpoints`)
 	if got != "slot streaming 41 0" {

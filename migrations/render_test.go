@@ -26,8 +26,8 @@ func render(t *testing.T, target Target) []File {
 
 func TestRenderUsualIsTheFilesToTheByte(t *testing.T) {
 	rendered := render(t, usual)
-	if len(rendered) != 3 {
-		t.Fatalf("%d files, want 3", len(rendered))
+	if len(rendered) != 4 {
+		t.Fatalf("%d files, want 4", len(rendered))
 	}
 	for _, f := range rendered {
 		want, err := os.ReadFile(f.Name)

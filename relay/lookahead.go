@@ -75,6 +75,9 @@ func (l *lookahead) Idle() {}
 
 func (l *lookahead) Notice(string) {}
 
+// Lost has nothing to interrupt: what is called waits for nobody.
+func (l *lookahead) Lost(error) {}
+
 func (l *lookahead) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
 	if walEnd >= l.end && !l.decoder.InTransaction() {
 		return errEnough

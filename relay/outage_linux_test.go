@@ -17,7 +17,7 @@ import (
 
 // outage is how long NATS is down: longer than wal_sender_timeout (10 s), and
 // than the duplicate window. OUTAGE sets it, for a long run by hand.
-func outage(t *testing.T) time.Duration {
+func outage(t testing.TB) time.Duration {
 	t.Helper()
 	text := os.Getenv("OUTAGE")
 	if text == "" {

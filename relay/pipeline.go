@@ -20,7 +20,8 @@ import (
 // It is also the chain's Outcomes.
 type pipeline struct {
 	*session
-	ctx      context.Context // of the reading
+	ctx      context.Context         // of the reading
+	stop     context.CancelCauseFunc // ends the reading
 	decoder  *decoder.Decoder
 	tracker  *checkpoint.Tracker
 	recorder *recorder
@@ -132,6 +133,9 @@ func (p *pipeline) Notice(text string) {
 // Idle implements replication.Handler: nothing published waits longer than the
 // reader.
 func (p *pipeline) Idle() { p.chain.Flush() }
+
+// Lost implements replication.Handler: whatever the reader waits for is in vain.
+func (p *pipeline) Lost(err error) { p.stop(err) }
 
 // event takes one insert.
 func (p *pipeline) event(e *outbox.Event) error {

@@ -340,10 +340,10 @@ func (s *session) run(ctx context.Context, from origin) error {
 	group.Go(func() error { return newHousekeeper(s, p.chain, &recorder.working).run(work) })
 	group.Go(func() error { return p.watch(work) })
 
-	reading, stop := context.WithCancel(ctx)
-	defer stop()
-	defer context.AfterFunc(work, stop)() // a part that fails ends the reading
-	p.ctx = reading
+	reading, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer context.AfterFunc(work, func() { stop(nil) })() // a part that fails ends the reading
+	p.ctx, p.stop = reading, stop
 
 	s.relay.streamed = true
 	s.relay.waiting.Store(nil)

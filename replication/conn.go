@@ -58,6 +58,9 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 		"lock_timeout":        "0",
 		"wal_sender_timeout":  fmt.Sprint(senderTimeout.Milliseconds()),
 		"tcp_keepalives_idle": "5", "tcp_keepalives_interval": "2", "tcp_keepalives_count": "3",
+		// It bounds also how long data waits for a window that is closed, as it is while
+		// NATS is down (tcp(7)); wal_sender_timeout tells that from a host that is gone.
+		"tcp_user_timeout":    "0",
 		"client_min_messages": "notice", // a missing publication is a warning from 18 on
 		// Idle it is until it streams, and with the snapshot that a new slot exports
 		// also in a transaction.

@@ -32,6 +32,7 @@ func (h *heard) Keepalive(end pglogrepl.LSN, urgent bool) error {
 
 func (h *heard) Notice(string) {}
 func (h *heard) Idle()         {}
+func (h *heard) Lost(error)    {}
 
 func newSession(at pglogrepl.LSN) *Session {
 	return &Session{slot: "outbox_relay", at: at, moved: make(chan struct{}, 1), ask: make(chan struct{}, 1)}

@@ -19,11 +19,16 @@ import (
 	"outbox-relay/replication/pace"
 )
 
-// statusInterval keeps an idle or stalled session alive; confirmInterval
-// bounds how often a moving LSN is sent.
 const (
-	statusInterval  = senderTimeout / 3
+	// statusInterval keeps an idle or stalled session alive.
+	statusInterval = senderTimeout / 3
+	// confirmInterval bounds how often a moving LSN is sent.
 	confirmInterval = 100 * time.Millisecond
+	// reliefInterval is how often a connection is looked at while the handler blocks.
+	reliefInterval = 500 * time.Millisecond
+	// lostWait is how long the reader, which hears why the server ends a session, may
+	// take to find a connection broken that the writer has found so.
+	lostWait = time.Second
 )
 
 var (
@@ -39,9 +44,9 @@ var (
 	ErrMalformed = errors.New("malformed replication message")
 )
 
-// Handler takes what the walsender sends, in order. All are called from the
-// goroutine that reads; while they block, nothing is read, but status goes on
-// being sent.
+// Handler takes what the walsender sends, in order. All but Lost are called from the
+// goroutine that reads; while they block, no more than has to be is read, but status
+// goes on being sent.
 type Handler interface {
 	// Data gets one pgoutput message, and where its change stands in WAL: a
 	// Commit's is where the transaction ends (commit_cb_wrapper in
@@ -57,6 +62,9 @@ type Handler interface {
 	// Idle says that all that was received has been handed on: more is waited
 	// for.
 	Idle()
+	// Lost says that the connection is broken, and why, while another call may block:
+	// it has to return then. It is called by another goroutine, and once.
+	Lost(err error)
 }
 
 // Session is a replication connection that streams from a slot. One goroutine
@@ -64,11 +72,12 @@ type Handler interface {
 type Session struct {
 	conn      *Conn
 	slot      string
-	confirmed atomic.Uint64 // end LSN below which everything is done; never 0, never back
-	moved     chan struct{} // confirmed has moved
-	ask       chan struct{} // send status now
-	asking    atomic.Bool   // with a request for an answer
-	at        pglogrepl.LSN // of the last message read: what is wrong comes behind it
+	confirmed atomic.Uint64         // end LSN below which everything is done; never 0, never back
+	moved     chan struct{}         // confirmed has moved
+	ask       chan struct{}         // send status now
+	asking    atomic.Bool           // with a request for an answer
+	at        pglogrepl.LSN         // of the last message read: what is wrong comes behind it
+	lost      atomic.Pointer[error] // what the writer found broken, once Lost was called
 }
 
 // Start begins to stream from the slot's confirmed LSN, which is passed in and
@@ -125,7 +134,7 @@ func (s *Session) Ask() {
 func (s *Session) Run(ctx context.Context, handler Handler) error {
 	writing, stop := context.WithCancel(context.Background())
 	var writer sync.WaitGroup
-	writer.Go(func() { s.write(writing) })
+	writer.Go(func() { s.keep(writing, handler) })
 	defer writer.Wait()
 	defer stop()
 
@@ -135,6 +144,9 @@ func (s *Session) Run(ctx context.Context, handler Handler) error {
 	interrupt := context.AfterFunc(ctx, func() { _ = s.conn.pg.Conn().SetReadDeadline(time.Unix(1, 0)) })
 	defer interrupt()
 	err := s.read(handler)
+	if lost := s.lost.Load(); lost != nil {
+		return *lost
+	}
 	if ctx.Err() != nil && errors.Is(err, os.ErrDeadlineExceeded) {
 		return ErrStopped
 	}
@@ -206,24 +218,47 @@ func (s *Session) notice(msg *pgproto3.NoticeResponse, handler Handler) error {
 	return nil
 }
 
-// write sends status: when the confirmed LSN moved, when asked to, and often
-// enough to keep the session alive while the handler blocks.
-func (s *Session) write(ctx context.Context) {
-	alive := time.NewTicker(statusInterval)
+// keep keeps the session alive until ctx ends. A connection that it finds broken ends
+// the session, also while the handler blocks.
+func (s *Session) keep(ctx context.Context, handler Handler) {
+	err := s.write(ctx)
+	if err == nil || wait.For(ctx, lostWait) != nil {
+		return
+	}
+	err = fmt.Errorf("write to slot %s: %w", s.slot, err)
+	s.lost.Store(&err)
+	handler.Lost(err)
+}
+
+// write sends status: when the confirmed LSN moved, when asked to, and often enough to
+// keep the session alive while the handler blocks. It returns nil once ctx has ended.
+func (s *Session) write(ctx context.Context) error {
+	alive, relief := time.NewTicker(statusInterval), time.NewTicker(reliefInterval)
 	defer alive.Stop()
+	defer relief.Stop()
+	conn := pace.Below(s.conn.pg.Conn())
 	for {
 		select {
 		case <-ctx.Done():
-			return
+			return nil
+		case <-relief.C:
+			if err := conn.Relieve(); err != nil {
+				return err
+			}
+			continue
 		case <-alive.C:
 		case <-s.ask:
 		case <-s.moved:
 			if wait.For(ctx, confirmInterval) != nil {
-				return
+				return nil
 			}
 		}
+		// A walsender that reads nothing for so long is not there.
+		if err := conn.SetWriteDeadline(time.Now().Add(senderTimeout)); err != nil {
+			return err
+		}
 		if err := s.status(s.asking.Swap(false)); err != nil {
-			return // the reader finds the connection broken, and says so
+			return err
 		}
 	}
 }

@@ -107,6 +107,7 @@ type watcher struct {
 	end     pglogrepl.LSN // of the last commit
 	walEnd  pglogrepl.LSN // of the last keepalive
 	idles   int
+	lost    chan error // gets what Lost says; nil: nobody wants it
 }
 
 func (w *watcher) Data(_ pglogrepl.LSN, data []byte) error {
@@ -136,6 +137,12 @@ func (w *watcher) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
 }
 
 func (w *watcher) Notice(string) {}
+
+func (w *watcher) Lost(err error) {
+	if w.lost != nil {
+		w.lost <- err
+	}
+}
 
 func (w *watcher) Idle() {
 	w.mu.Lock()
@@ -285,6 +292,26 @@ func TestStatusWhileTheHandlerBlocks(t *testing.T) {
 	b.await(w, 1)
 	if err := stop(); !errors.Is(err, replication.ErrStopped) {
 		t.Error(err)
+	}
+}
+
+// A walsender that ends while the handler blocks is noticed: the handler is told, and the
+// session ends with what was found.
+func TestWalsenderEndsWhileTheHandlerBlocks(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	w := &watcher{block: make(chan struct{}), lost: make(chan error, 1)}
+	_, done := running(t, b.started(), w)
+	b.exec(`insert into t select generate_series(1, 200000)`)
+	testenv.Eventually(t, "the walsender to be held up", func() bool {
+		return get[int](b, `select count(*)::int from pg_stat_activity join pg_replication_slots on active_pid = pid
+			where slot_name = $1 and wait_event in ('WalSenderWriteData', 'ClientWrite')`, b.slot) == 1
+	})
+	b.exec(`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = $1`, b.slot)
+	lost := <-w.lost
+	close(w.block)
+	if err := <-done; err == nil || !errors.Is(err, lost) {
+		t.Errorf("the session ended by %v, the handler was told of %v", err, lost)
 	}
 }
 

@@ -98,6 +98,7 @@ type Chain struct {
 	probing    bool // the event in the window is alone until it is answered
 	broken     error
 	trouble    chan struct{}
+	back       chan struct{} // the connection is: a resync need not wait any longer
 }
 
 // entry is an event in the window.
@@ -173,6 +174,7 @@ func (c *Client) NewChain(from Origin, outcomes Outcomes) *Chain {
 		foreign: from.Foreign, heritage: from.Heritage, began: time.Now(), lookEvery: lookEvery,
 		broken:  errStarting,
 		trouble: make(chan struct{}, 1),
+		back:    make(chan struct{}, 1),
 	}
 	ch.takeConfig(from.Stream)
 	ch.changed.L = &ch.mu
@@ -649,11 +651,16 @@ func (ch *Chain) checkSilence(now time.Time) {
 	}
 }
 
-// reconnected gives copies on the old connection a moment more to land.
+// reconnected gives copies on the old connection a moment more to land, and ends the
+// pause of a resync.
 func (ch *Chain) reconnected() {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
 	ch.quiet = time.Now()
+	select {
+	case ch.back <- struct{}{}:
+	default:
+	}
 }
 
 // fail says that the connection is lost, or does not take a message.

@@ -210,6 +210,7 @@ func (s *discardingSink) Data(_ pglogrepl.LSN, data []byte) error {
 func (*discardingSink) Keepalive(pglogrepl.LSN, bool) error { return nil }
 func (*discardingSink) Notice(string)                       {}
 func (*discardingSink) Idle()                               {}
+func (*discardingSink) Lost(error)                          {}
 
 // BenchmarkDiscarding compares reading, decoding and building messages, which
 // go nowhere, with the best reader that is known, which only counts: on the same

@@ -33,8 +33,12 @@ func (ch *Chain) resync(ctx context.Context) error {
 	r := resyncer{Chain: ch}
 	for ; ; attempt++ {
 		if attempt > 0 {
-			if err := wait.For(ctx, jitter(Backoff(attempt-1))); err != nil {
+			reconnected, err := ch.pause(ctx, jitter(Backoff(attempt-1)))
+			if err != nil {
 				return err
+			}
+			if reconnected {
+				attempt = 1 // the server may not be ready yet, and will be soon
 			}
 		}
 		done, err := r.try(ctx)
@@ -49,6 +53,20 @@ func (ch *Chain) resync(ctx context.Context) error {
 		case err != nil:
 			ch.tellInterrupted(err)
 		}
+	}
+}
+
+// pause returns after d, at once when the connection is back, or with why ctx ended.
+func (ch *Chain) pause(ctx context.Context, d time.Duration) (reconnected bool, err error) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-ctx.Done():
+		return false, context.Cause(ctx)
+	case <-ch.back:
+		return true, nil
+	case <-timer.C:
+		return false, nil
 	}
 }
 

@@ -4,6 +4,7 @@ package pace
 import (
 	"crypto/tls"
 	"net"
+	"sync"
 	"time"
 )
 
@@ -41,9 +42,12 @@ type Conn struct {
 	net.Conn
 	Idle func() // called before each read from the socket
 
-	near       bool // within this machine, with a receive buffer that does not grow
-	buf        []byte
-	begin, end int
+	near   bool   // within this machine, with a receive buffer that does not grow
+	buf    []byte // what the socket is read into
+	unread []byte // what was read and not taken yet, in buf or what was held
+
+	mu     sync.Mutex // held by whoever reads from the socket; relief is guarded by it
+	relief relief
 
 	busy   bool          // there is load
 	deep   bool          // there is a backlog
@@ -61,7 +65,7 @@ func NewConn(conn net.Conn) *Conn {
 	if tcp, ok := conn.(*net.TCPConn); ok && near {
 		_ = tcp.SetReadBuffer(receiveBuffer) // without it, it is slower
 	}
-	return &Conn{Conn: conn, Idle: func() {}, near: near, buf: make([]byte, readBuffer), pause: loadPause}
+	return &Conn{Conn: conn, Idle: func() {}, near: near, buf: make([]byte, readBuffer), relief: relief{kernel: kernelOf(conn)}, pause: loadPause}
 }
 
 // Below returns the Conn that conn is, or that is below its TLS.
@@ -81,13 +85,13 @@ func isNear(conn net.Conn) bool {
 
 // Read returns what is buffered, else what one read brings.
 func (c *Conn) Read(dst []byte) (int, error) {
-	if c.begin == c.end {
+	if len(c.unread) == 0 {
 		if err := c.fill(); err != nil {
 			return 0, err
 		}
 	}
-	n := copy(dst, c.buf[c.begin:c.end])
-	c.begin += n
+	n := copy(dst, c.unread)
+	c.unread = c.unread[n:]
 	return n, nil
 }
 
@@ -96,8 +100,13 @@ func (c *Conn) fill() error {
 	if c.busy && !c.more {
 		Nap(c.pause)
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.unread = c.relief.release(!c.near); len(c.unread) > 0 {
+		return nil
+	}
 	n, err := c.Conn.Read(c.buf)
-	c.begin, c.end = 0, n
+	c.unread = c.buf[:n]
 	c.measure(n, time.Now())
 	c.adapt(n)
 	if n > 0 {

@@ -168,10 +168,11 @@ func (r *relay) Data(_ pglogrepl.LSN, data []byte) error {
 	return nil
 }
 
-// Keepalive, Idle and Notice implement replication.Handler.
+// Keepalive, Idle, Notice and Lost implement replication.Handler.
 func (r *relay) Keepalive(pglogrepl.LSN, bool) error { return nil }
 func (r *relay) Idle()                               {}
 func (r *relay) Notice(string)                       {}
+func (r *relay) Lost(error)                          {}
 
 // commit publishes a transaction, marks its rows and confirms it. The tenth
 // transaction is where the promise is broken.
