@@ -108,7 +108,7 @@ func fail(t *testing.T, conn *pgx.Conn, target Target, n int) []string {
 // listen makes a slot that shows what is emitted, for as long as conn lives.
 func listen(t *testing.T, conn *pgx.Conn) {
 	t.Helper()
-	execute(t, conn, "select pg_create_logical_replication_slot('listen_'||current_database(), 'test_decoding', true)")
+	execute(t, conn, "select pg_create_logical_replication_slot('listen_'||split_part(current_database(), ' ', 1), 'test_decoding', true)")
 }
 
 type retried struct {
@@ -122,7 +122,7 @@ var emitted = regexp.MustCompile(`^message: transactional: 1 prefix: outbox_rela
 // request of the table to retry.
 func requests(t *testing.T, conn *pgx.Conn, target Target) [][]retried {
 	t.Helper()
-	rows, err := conn.Query(t.Context(), "select data from pg_logical_slot_get_changes('listen_'||current_database(), null, null) where data like 'message:%'")
+	rows, err := conn.Query(t.Context(), "select data from pg_logical_slot_get_changes('listen_'||split_part(current_database(), ' ', 1), null, null) where data like 'message:%'")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -269,7 +269,7 @@ func TestRetryOfTwoAtOnce(t *testing.T) {
 // role makes one for the test.
 func role(t *testing.T, conn *pgx.Conn, name string) string {
 	t.Helper()
-	name += "_" + query[string](t, conn, "select current_database()")
+	name += "_" + query[string](t, conn, "select split_part(current_database(), ' ', 1)")
 	execute(t, conn, "create role "+name)
 	t.Cleanup(func() {
 		if _, err := conn.Exec(context.WithoutCancel(t.Context()), "reset role; drop owned by "+name+"; drop role "+name); err != nil {

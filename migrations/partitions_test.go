@@ -30,7 +30,7 @@ func TestPartitionedOutbox(t *testing.T) {
 			table, fallback := target.Qualified(), Quote(target.Schema)+"."+Quote(target.Table+"_default")
 			execute(t, conn, "truncate "+table)
 			execute(t, conn, fmt.Sprintf("create table old partition of %s for values from ('2020-01-01') to ('2021-01-01')", table))
-			execute(t, conn, "select pg_create_logical_replication_slot('listen_'||current_database(), 'pgoutput', true)")
+			execute(t, conn, "select pg_create_logical_replication_slot('listen_'||split_part(current_database(), ' ', 1), 'pgoutput', true)")
 
 			const columns = "(id, version, aggregate_type, event_type, payload, status, published_at, failed_at, failed_reasons, failed_attempts, retried_at, retried_attempts"
 			const values = "('mine', 7, 'order', 'created', '{}', 'published', now(), now(), '{x}', 7, now(), 7"
@@ -47,7 +47,7 @@ func TestPartitionedOutbox(t *testing.T) {
 			if n := query[int](t, conn, "select count(distinct id) from "+table); n != 3 {
 				t.Errorf("%d ids of 3 rows", n)
 			}
-			if n := query[int](t, conn, `select count(*) from pg_logical_slot_peek_binary_changes('listen_'||current_database(), null, null, 'proto_version', '1', 'publication_names', $1)
+			if n := query[int](t, conn, `select count(*) from pg_logical_slot_peek_binary_changes('listen_'||split_part(current_database(), ' ', 1), null, null, 'proto_version', '1', 'publication_names', $1)
 				where get_byte(data, 0) = ascii('I') and substring(data, 2, 4) = int4send($2::text::regclass::int)`, Quote(target.Publication), table); n != 3 {
 				t.Errorf("%d inserts published as the root's, want 3", n)
 			}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -70,10 +71,10 @@ func setupEmpty(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOpt
 	return setupDatabase(t, cluster, testenv.InhabitedDatabase(t, cluster), options)
 }
 
-func setupDatabase(t testing.TB, cluster *pgserver.Cluster, url string, options testenv.NATSOptions) *bundle {
+func setupDatabase(t testing.TB, cluster *pgserver.Cluster, database string, options testenv.NATSOptions) *bundle {
 	t.Helper()
 	testenv.RelayBinary(t) // compiled before there is any load
-	b := &bundle{TB: t, cluster: cluster, url: url, nats: testenv.NATS(t, options), granted: map[string]bool{}}
+	b := &bundle{TB: t, cluster: cluster, url: database, nats: testenv.NATS(t, options), granted: map[string]bool{}}
 	b.sql = b.connect()
 	b.env = map[string]string{
 		"OUTBOX_POSTGRES_URL":  b.url,
@@ -128,6 +129,15 @@ func (b *bundle) dial() {
 	b.Cleanup(b.nc.Close)
 	b.js, err = jetstream.New(b.nc)
 	b.must(err)
+}
+
+// source is the header ce-source: a URI reference, whose percent signs are encoded again
+// as those of any header are.
+// Source: section 3.1.3.2 of CloudEvents' HTTP protocol binding.
+func (b *bundle) source() string {
+	config, err := pgx.ParseConfig(b.url)
+	b.must(err)
+	return "/" + strings.ReplaceAll(url.PathEscape(config.Database), "%", "%25") + "/" + b.slot()
 }
 
 // slot is unique in the cluster, which tests share.

@@ -68,7 +68,7 @@ func (b *bundle) requireHeaders(got map[string][]string, w row, sequence uint64)
 	position := got["Outbox-Position"]
 	want := map[string][]string{
 		"Nats-Msg-Id": {w.id}, "Nats-Expected-Last-Sequence": {fmt.Sprint(sequence)}, "Outbox-Position": position,
-		"ce-specversion": {"1.0"}, "ce-id": {w.id}, "ce-source": {"/" + b.slot() + "/" + b.slot()}, "ce-type": {percentEncoded[w.event]},
+		"ce-specversion": {"1.0"}, "ce-id": {w.id}, "ce-source": {b.source()}, "ce-type": {percentEncoded[w.event]},
 		"ce-time": {w.at + "Z"}, "ce-aggregatetype": {"Order"}, "ce-eventversion": {"0"}, "content-type": {"application/json"},
 	}
 	if w.aggregate != nil {
