@@ -135,9 +135,14 @@ func (b *bundle) dial() {
 // as those of any header are.
 // Source: section 3.1.3.2 of CloudEvents' HTTP protocol binding.
 func (b *bundle) source() string {
+	return "/" + strings.ReplaceAll(url.PathEscape(b.database()), "%", "%25") + "/" + b.slot()
+}
+
+// database is the database's name, which needs quotes.
+func (b *bundle) database() string {
 	config, err := pgx.ParseConfig(b.url)
 	b.must(err)
-	return "/" + strings.ReplaceAll(url.PathEscape(config.Database), "%", "%25") + "/" + b.slot()
+	return config.Database
 }
 
 // slot is unique in the cluster, which tests share.
