@@ -45,9 +45,10 @@ test-versions: $(addprefix test-version-,$(VERSIONS))
 test-version-%:
 	POSTGRES_VERSION=$* RELAY_RACE=1 $(GO) test -count=1 -timeout 30m -parallel 4 -skip '$(SAME)' $(INTEGRATION)
 
-## chaos: the promise under faults. CHAOS_SEED repeats a run, CHAOS_RATE sets rows
-## a second, CHAOS_NATS_VERSION (v2.12.0) another nats-server, POSTGRES_VERSION
-## another Postgres, CHAOS_ONLY the kinds of faults whose name matches
+## chaos: the promise under faults, half of the seasons on seasoned databases.
+## CHAOS_SEED repeats a run, CHAOS_RATE sets rows a second, CHAOS_NATS_VERSION
+## (v2.12.0) another nats-server, POSTGRES_VERSION another Postgres, CHAOS_ONLY the
+## kinds of faults whose name matches
 chaos: export CHAOS_EVENTS ?= 1000000
 chaos: export CHAOS_FAULTS ?= 300
 chaos:

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"strings"
 	"testing"
 	"time"
@@ -15,7 +14,6 @@ import (
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
-	"outbox-relay/migrations"
 	"outbox-relay/outbox"
 )
 
@@ -33,11 +31,7 @@ func setup(t *testing.T) *bundle {
 
 func setupOn(t *testing.T, cluster *pgserver.Cluster) *bundle {
 	t.Helper()
-	b := &bundle{T: t, url: testenv.Database(t, cluster)}
-	config, err := pgx.ParseConfig(b.url)
-	b.must(err)
-	b.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
-		slog.New(slog.DiscardHandler)))
+	b := &bundle{T: t, url: testenv.SeasonedDatabase(t, cluster)}
 	b.sql = b.connect("application")
 	return b
 }

@@ -83,7 +83,8 @@ func capture(t *testing.T) (session, *pgx.Conn) {
 			t.Fatal(err)
 		}
 	}
-	config, err := pgx.ParseConfig(testenv.Database(t, testenv.Postgres(t)))
+	url := testenv.InhabitedDatabase(t, testenv.Postgres(t))
+	config, err := pgx.ParseConfig(url)
 	must(err)
 	sql, err := pgx.ConnectConfig(t.Context(), config)
 	must(err)
@@ -105,13 +106,13 @@ func capture(t *testing.T) (session, *pgx.Conn) {
 	conn, err := replication.Connect(t.Context(), &config.Config)
 	must(err)
 	t.Cleanup(conn.Close)
-	slot, err := conn.CreateSlot(t.Context(), config.Database, false)
+	slot, err := conn.CreateSlot(t.Context(), testenv.SlotName(t, url), false)
 	must(err)
 	for _, statement := range history {
 		_, err := sql.Exec(t.Context(), statement)
 		must(err)
 	}
-	reader, err := conn.Start(t.Context(), config.Database, "outbox_relay", slot.Point)
+	reader, err := conn.Start(t.Context(), testenv.SlotName(t, url), "outbox_relay", slot.Point)
 	must(err)
 	var s session
 	must(sql.QueryRow(t.Context(), `select 'events'::regclass::oid`).Scan(&s.table))

@@ -1,4 +1,4 @@
-package migrations
+package migrations_test
 
 import (
 	"context"
@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/testenv"
+	. "outbox-relay/migrations" // testenv imports it
 )
 
 var partitioned = Target{Schema: "public", Table: "events", Publication: "outbox_relay", Partitioned: true}
@@ -20,7 +21,7 @@ var partitioned = Target{Schema: "public", Table: "events", Publication: "outbox
 func made(t *testing.T, target Target) (*pgx.ConnConfig, *pgx.Conn) {
 	t.Helper()
 	config, conn := newDatabase(t)
-	execute(t, conn, "create schema if not exists "+quote(target.Schema))
+	execute(t, conn, "create schema if not exists "+Quote(target.Schema))
 	up(t, config, target)
 	return config, conn
 }
@@ -98,7 +99,7 @@ func TestMarkingStaysHOT(t *testing.T) {
 // fail inserts n rows that the relay has parked, and returns their ids in order.
 func fail(t *testing.T, conn *pgx.Conn, target Target, n int) []string {
 	t.Helper()
-	table := target.qualified()
+	table := target.Qualified()
 	execute(t, conn, fmt.Sprintf("insert into %s (aggregate_type, event_type, payload) select 'order', 'created', '{}' from generate_series(1, %d)", table, n))
 	execute(t, conn, "update "+table+" set status = 'failed', failed_at = now(), failed_reasons = '{bad}', failed_attempts = 1 where status = 'pending'")
 	return query[[]string](t, conn, "select array_agg(id order by id) from "+table+" where status = 'failed'")
@@ -107,7 +108,7 @@ func fail(t *testing.T, conn *pgx.Conn, target Target, n int) []string {
 // listen makes a slot that shows what is emitted, for as long as conn lives.
 func listen(t *testing.T, conn *pgx.Conn) {
 	t.Helper()
-	execute(t, conn, "select pg_create_logical_replication_slot('listen_'||current_database(), 'test_decoding', true)")
+	execute(t, conn, "select pg_create_logical_replication_slot('listen_'||split_part(current_database(), ' ', 1), 'test_decoding', true)")
 }
 
 type retried struct {
@@ -121,7 +122,7 @@ var emitted = regexp.MustCompile(`^message: transactional: 1 prefix: outbox_rela
 // request of the table to retry.
 func requests(t *testing.T, conn *pgx.Conn, target Target) [][]retried {
 	t.Helper()
-	rows, err := conn.Query(t.Context(), "select data from pg_logical_slot_get_changes('listen_'||current_database(), null, null) where data like 'message:%'")
+	rows, err := conn.Query(t.Context(), "select data from pg_logical_slot_get_changes('listen_'||split_part(current_database(), ' ', 1), null, null) where data like 'message:%'")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +130,7 @@ func requests(t *testing.T, conn *pgx.Conn, target Target) [][]retried {
 	if err != nil {
 		t.Fatal(err)
 	}
-	oid := query[string](t, conn, "select $1::text::regclass::oid::text", target.qualified())
+	oid := query[string](t, conn, "select $1::text::regclass::oid::text", target.Qualified())
 	var got [][]retried
 	for _, message := range all {
 		match := emitted.FindStringSubmatch(message)
@@ -164,19 +165,19 @@ func TestRetry(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			config, conn := made(t, usual)
-			execute(t, conn, "create schema if not exists "+quote(target.Schema))
+			execute(t, conn, "create schema if not exists "+Quote(target.Schema))
 			if name == "partitioned" {
 				execute(t, conn, "drop table events, events_migrations")
 			}
 			up(t, config, target)
-			one := quote(target.Schema) + "." + quote(RetryFunction(target.Table))
-			every := quote(target.Schema) + "." + quote(RetryAllFunction(target.Table))
+			one := Quote(target.Schema) + "." + Quote(RetryFunction(target.Table))
+			every := Quote(target.Schema) + "." + Quote(RetryAllFunction(target.Table))
 			ids := fail(t, conn, target, 4)
 			published := insert(t, conn, target)
-			execute(t, conn, "update "+target.qualified()+" set status = 'published' where status = 'pending'")
+			execute(t, conn, "update "+target.Qualified()+" set status = 'published' where status = 'pending'")
 			pending := insert(t, conn, target)
 			// What the caller has in his way is not what is retried.
-			execute(t, conn, "create temp table events (like "+target.qualified()+"); create schema decoy; create table decoy.events (id text); set search_path = pg_temp, decoy")
+			execute(t, conn, "create temp table events (like "+target.Qualified()+"); create schema decoy; create table decoy.events (id text); set search_path = pg_temp, decoy")
 			listen(t, conn)
 
 			asked := []string{ids[2], "unknown", pending, ids[0], published, ids[0]}
@@ -187,12 +188,12 @@ func TestRetry(t *testing.T) {
 			if n := query[int](t, conn, "select "+one+"($1)", ids[0]); n != 0 {
 				t.Errorf("retried %d that is pending", n)
 			}
-			execute(t, conn, "update "+target.qualified()+" set status = 'failed' where id = '"+ids[0]+"'")
+			execute(t, conn, "update "+target.Qualified()+" set status = 'failed' where id = '"+ids[0]+"'")
 			if n := query[int](t, conn, "select "+every+"()"); n != 3 {
 				t.Errorf("retried all %d, want 3", n)
 			}
 			requireRequests(t, conn, target, []retried{{ids[0], 2}, {ids[1], 1}, {ids[3], 1}})
-			got := query[string](t, conn, "select string_agg(concat_ws(' ', status, retried_attempts, retried_at is not null, failed_attempts, failed_reasons, failed_at is not null), ', ' order by id) from "+target.qualified()+" where id = any ($1)", ids)
+			got := query[string](t, conn, "select string_agg(concat_ws(' ', status, retried_attempts, retried_at is not null, failed_attempts, failed_reasons, failed_at is not null), ', ' order by id) from "+target.Qualified()+" where id = any ($1)", ids)
 			if got != "pending 2 t 1 {bad} t, pending 1 t 1 {bad} t, pending 1 t 1 {bad} t, pending 1 t 1 {bad} t" {
 				t.Errorf("the rows are %s", got)
 			}
@@ -268,7 +269,7 @@ func TestRetryOfTwoAtOnce(t *testing.T) {
 // role makes one for the test.
 func role(t *testing.T, conn *pgx.Conn, name string) string {
 	t.Helper()
-	name += "_" + query[string](t, conn, "select current_database()")
+	name += "_" + query[string](t, conn, "select split_part(current_database(), ' ', 1)")
 	execute(t, conn, "create role "+name)
 	t.Cleanup(func() {
 		if _, err := conn.Exec(context.WithoutCancel(t.Context()), "reset role; drop owned by "+name+"; drop role "+name); err != nil {

@@ -1,4 +1,4 @@
-package migrations
+package migrations_test
 
 import (
 	"errors"
@@ -9,6 +9,8 @@ import (
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	. "outbox-relay/migrations" // testenv, which other tests here use, imports it
 )
 
 func TestPartitionedOutbox(t *testing.T) {
@@ -25,10 +27,10 @@ func TestPartitionedOutbox(t *testing.T) {
 			}
 			runAlone(t, config, render(t, target))
 			requireWorks(t, conn, target)
-			table, fallback := target.qualified(), quote(target.Schema)+"."+quote(target.Table+"_default")
+			table, fallback := target.Qualified(), Quote(target.Schema)+"."+Quote(target.Table+"_default")
 			execute(t, conn, "truncate "+table)
 			execute(t, conn, fmt.Sprintf("create table old partition of %s for values from ('2020-01-01') to ('2021-01-01')", table))
-			execute(t, conn, "select pg_create_logical_replication_slot('listen_'||current_database(), 'pgoutput', true)")
+			execute(t, conn, "select pg_create_logical_replication_slot('listen_'||split_part(current_database(), ' ', 1), 'pgoutput', true)")
 
 			const columns = "(id, version, aggregate_type, event_type, payload, status, published_at, failed_at, failed_reasons, failed_attempts, retried_at, retried_attempts"
 			const values = "('mine', 7, 'order', 'created', '{}', 'published', now(), now(), '{x}', 7, now(), 7"
@@ -45,8 +47,8 @@ func TestPartitionedOutbox(t *testing.T) {
 			if n := query[int](t, conn, "select count(distinct id) from "+table); n != 3 {
 				t.Errorf("%d ids of 3 rows", n)
 			}
-			if n := query[int](t, conn, `select count(*) from pg_logical_slot_peek_binary_changes('listen_'||current_database(), null, null, 'proto_version', '1', 'publication_names', $1)
-				where get_byte(data, 0) = ascii('I') and substring(data, 2, 4) = int4send($2::text::regclass::int)`, quote(target.Publication), table); n != 3 {
+			if n := query[int](t, conn, `select count(*) from pg_logical_slot_peek_binary_changes('listen_'||split_part(current_database(), ' ', 1), null, null, 'proto_version', '1', 'publication_names', $1)
+				where get_byte(data, 0) = ascii('I') and substring(data, 2, 4) = int4send($2::text::regclass::int)`, Quote(target.Publication), table); n != 3 {
 				t.Errorf("%d inserts published as the root's, want 3", n)
 			}
 			if got := query[string](t, conn, "select array_to_string(reloptions, ',') from pg_class where oid = $1::text::regclass", fallback); got != "fillfactor=50" {
@@ -123,20 +125,20 @@ func TestAddPartitions(t *testing.T) {
 			t.Run(name+" "+unit, func(t *testing.T) {
 				t.Parallel()
 				_, conn := made(t, target)
-				execute(t, conn, "set timezone = 'Pacific/Auckland'; set datestyle = 'SQL, DMY'; set search_path = "+quote(target.Schema)+", pg_temp")
+				execute(t, conn, "set timezone = 'Pacific/Auckland'; set datestyle = 'SQL, DMY'; set search_path = "+Quote(target.Schema)+", pg_temp")
 				add := "select outbox_relay_add_partitions($1::text::regclass, $2, $3)"
-				first := names(t, conn, add, target.qualified(), unit, 2)
+				first := names(t, conn, add, target.Qualified(), unit, 2)
 				if len(first) != 3 {
 					t.Fatalf("made %q, want 3", first)
 				}
-				if id := insert(t, conn, target); query[string](t, conn, "select tableoid::regclass::oid::text from "+target.qualified()+" where id = $1", id) !=
+				if id := insert(t, conn, target); query[string](t, conn, "select tableoid::regclass::oid::text from "+target.Qualified()+" where id = $1", id) !=
 					query[string](t, conn, "select $1::text::regclass::oid::text", first[0]) {
 					t.Errorf("a row of now is not in %s", first[0])
 				}
-				if again := names(t, conn, add, target.qualified(), unit, 3); len(again) != 1 || slices.Contains(first, again[0]) {
+				if again := names(t, conn, add, target.Qualified(), unit, 3); len(again) != 1 || slices.Contains(first, again[0]) {
 					t.Errorf("then made %q, want one more", again)
 				}
-				if n := query[int](t, conn, "select count(*) from pg_inherits join pg_class on pg_class.oid = inhrelid where inhparent = $1::text::regclass and 'fillfactor=50' = any (reloptions)", target.qualified()); n != 5 {
+				if n := query[int](t, conn, "select count(*) from pg_inherits join pg_class on pg_class.oid = inhrelid where inhparent = $1::text::regclass and 'fillfactor=50' = any (reloptions)", target.Qualified()); n != 5 {
 					t.Errorf("%d partitions with a fillfactor, want 5", n)
 				}
 			})
@@ -324,7 +326,7 @@ func TestDropPartitionsRefuses(t *testing.T) {
 	execute(t, conn, "alter table given owner to "+name)
 
 	for _, table := range []string{"blog", "shop.events", "unpublished", "given", "y2020", "pg_class"} {
-		refused(t, conn, "select outbox_relay_drop_partitions('"+table+"', '0')", insufficientPrivilege)
+		refused(t, conn, "select outbox_relay_drop_partitions('"+table+"', '0')", InsufficientPrivilege)
 	}
 	refused(t, conn, "select outbox_relay_drop_partitions('plain', '0')", "42809")
 	for _, older := range []string{"'-1 second'", "null"} {
@@ -332,9 +334,9 @@ func TestDropPartitionsRefuses(t *testing.T) {
 	}
 
 	execute(t, conn, "grant usage on schema public to "+name+"; set role "+name)
-	refused(t, conn, dropOld, insufficientPrivilege)
+	refused(t, conn, dropOld, InsufficientPrivilege)
 	execute(t, conn, "reset role; grant execute on function outbox_relay_drop_partitions to "+name+"; set role "+name)
-	refused(t, conn, "drop table "+past, insufficientPrivilege)
+	refused(t, conn, "drop table "+past, InsufficientPrivilege)
 	if got := names(t, conn, dropOld); !slices.Equal(got, []string{"public." + past}) {
 		t.Errorf("dropped %q", got)
 	}
@@ -354,10 +356,10 @@ func TestDropPartitionsOfAnotherTable(t *testing.T) {
 	oddly := odd
 	oddly.Partitioned = true
 	_, conn := made(t, oddly)
-	execute(t, conn, "set search_path = "+quote(odd.Schema))
-	execute(t, conn, "create table past partition of "+quote(odd.Table)+" for values from ('2020-01-01') to ('2021-01-01')")
-	got := names(t, conn, "select outbox_relay_drop_partitions($1::text::regclass, '0')", oddly.qualified())
-	if !slices.Equal(got, []string{quote(odd.Schema) + ".past"}) {
+	execute(t, conn, "set search_path = "+Quote(odd.Schema))
+	execute(t, conn, "create table past partition of "+Quote(odd.Table)+" for values from ('2020-01-01') to ('2021-01-01')")
+	got := names(t, conn, "select outbox_relay_drop_partitions($1::text::regclass, '0')", oddly.Qualified())
+	if !slices.Equal(got, []string{Quote(odd.Schema) + ".past"}) {
 		t.Errorf("dropped %q", got)
 	}
 }

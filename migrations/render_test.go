@@ -1,10 +1,12 @@
-package migrations
+package migrations_test
 
 import (
 	"os"
 	"regexp"
 	"strings"
 	"testing"
+
+	. "outbox-relay/migrations" // testenv, which other tests here use, imports it
 )
 
 var usual = Target{Schema: "public", Table: "events", Publication: "outbox_relay"}
@@ -123,7 +125,7 @@ func TestRenameHitsWholeTokensOnly(t *testing.T) {
 $events$ events.events 'a''events'`
 	const want = `"X" my_events events2 "events" 'it''s' 'the events' -- events
 $"X"$ "X"."X" 'a''events'`
-	if got := rename(in, identifiers, literals); got != want {
+	if got := Rename(in, identifiers, literals); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
 }

@@ -1,4 +1,4 @@
-package migrations
+package migrations_test
 
 import (
 	"bytes"
@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"outbox-relay/internal/testenv"
+	. "outbox-relay/migrations" // testenv imports it
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -60,7 +61,7 @@ func query[T any](tb testing.TB, conn *pgx.Conn, sql string, args ...any) T {
 // newDatabase is empty, with a session in it that owns all.
 func newDatabase(tb testing.TB) (*pgx.ConnConfig, *pgx.Conn) {
 	tb.Helper()
-	config := parse(tb, testenv.Database(tb, testenv.Postgres(tb)))
+	config := parse(tb, testenv.InhabitedDatabase(tb, testenv.Postgres(tb)))
 	return config, connect(tb, config)
 }
 
@@ -84,7 +85,7 @@ func insert(tb testing.TB, conn *pgx.Conn, t Target) (id string) {
 	tb.Helper()
 	return query[string](tb, conn, fmt.Sprintf(
 		`insert into %s.%s (aggregate_type, event_type, payload, aggregate_id, headers) values ('order', 'created', '{"n": 1}', 'a', '{"k": "v"}') returning id`,
-		quote(t.Schema), quote(t.Table)))
+		Quote(t.Schema), Quote(t.Table)))
 }
 
 // listed are the published columns; nil: the publication lacks the table.
@@ -103,7 +104,7 @@ func publicationRows(tb testing.TB, conn *pgx.Conn) string {
 
 func requireColumns(tb testing.TB, conn *pgx.Conn, t Target) {
 	tb.Helper()
-	got, want := listed(tb, conn, t), slices.Concat(messageColumns, t.Columns)
+	got, want := listed(tb, conn, t), slices.Concat(MessageColumns, t.Columns)
 	slices.Sort(got)
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
@@ -145,9 +146,9 @@ func TestUp(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			config, conn := newDatabase(t)
-			execute(t, conn, "create schema if not exists "+quote(target.Schema))
+			execute(t, conn, "create schema if not exists "+Quote(target.Schema))
 			log := up(t, config, target)
-			files, err := target.numbered()
+			files, err := target.Numbered()
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -166,7 +167,7 @@ func TestUp(t *testing.T) {
 			if after := publicationRows(t, conn); after != before {
 				t.Errorf("the second run changed the publication: %s, was %s", after, before)
 			}
-			versions := query[int](t, conn, "select count(*)::int from "+quote(target.Schema)+"."+quote(target.Table+"_migrations")+" where version_id > 0")
+			versions := query[int](t, conn, "select count(*)::int from "+Quote(target.Schema)+"."+Quote(target.Table+"_migrations")+" where version_id > 0")
 			if versions != len(files) {
 				t.Errorf("%d versions, want %d", versions, len(files))
 			}
@@ -242,7 +243,7 @@ func TestFilesAlone(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			config, conn := newDatabase(t)
-			execute(t, conn, "create schema if not exists "+quote(target.Schema))
+			execute(t, conn, "create schema if not exists "+Quote(target.Schema))
 			runAlone(t, config, render(t, target))
 			requireWorks(t, conn, target)
 			before := publicationRows(t, conn)
@@ -260,7 +261,7 @@ func TestFilesAlone(t *testing.T) {
 func TestOutboxesSideBySide(t *testing.T) {
 	t.Parallel()
 	config, conn := newDatabase(t)
-	execute(t, conn, "create schema shop; create schema "+quote(odd.Schema))
+	execute(t, conn, "create schema shop; create schema "+Quote(odd.Schema))
 	targets := []Target{
 		usual,
 		{Schema: "public", Table: "order_events", Publication: "order_relay"},
@@ -288,7 +289,7 @@ func TestOutboxesSideBySide(t *testing.T) {
 func TestMigrationWaitsForAnother(t *testing.T) {
 	t.Parallel()
 	config, conn := newDatabase(t)
-	execute(t, conn, fmt.Sprintf("select pg_advisory_lock(%d)", lockKey))
+	execute(t, conn, fmt.Sprintf("select pg_advisory_lock(%d)", LockKey))
 	ctx, cancel := context.WithCancel(t.Context())
 	waits := make(chan struct{}, 1)
 	log := slog.New(slog.NewTextHandler(writer(func(p []byte) {
@@ -475,7 +476,7 @@ func TestRefusals(t *testing.T) {
 func TestLackingPrivilege(t *testing.T) {
 	t.Parallel()
 	config, conn := newDatabase(t)
-	role := "migrator_" + config.Database
+	role := "migrator_" + testenv.SlotName(t, config.ConnString())
 	execute(t, conn, "create role "+role+" login password 'secret'; create schema mine")
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
@@ -495,11 +496,11 @@ func TestLackingPrivilege(t *testing.T) {
 		err := Up(t.Context(), weak, target, quiet())
 		requireError(t, err, role, "owner of mine.events", "CREATE on schema mine", "CREATE on database")
 		var pgErr *pgconn.PgError
-		if !errors.As(err, &pgErr) || pgErr.Code != insufficientPrivilege {
+		if !errors.As(err, &pgErr) || pgErr.Code != InsufficientPrivilege {
 			t.Errorf("the cause is lost: %v", err)
 		}
 	}
-	execute(t, conn, "grant create on database "+config.Database+" to "+role)
+	execute(t, conn, "grant create on database "+Quote(config.Database)+" to "+role)
 	up(t, weak, target)
 	requireWorks(t, conn, target)
 }

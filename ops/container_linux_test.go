@@ -2,7 +2,6 @@ package ops_test
 
 import (
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,7 +11,6 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/testenv"
-	"outbox-relay/migrations"
 )
 
 // contained runs the relay as an engine would run its image: what it sees is
@@ -78,18 +76,10 @@ func (c *contained) requireContained(r *testenv.Relay) {
 }
 
 func TestRunsInAContainer(t *testing.T) {
-	url := testenv.Database(t, testenv.Postgres(t))
-	config, err := pgx.ParseConfig(url)
-	if err != nil {
-		t.Fatal(err)
-	}
-	err = migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	url := testenv.SeasonedDatabase(t, testenv.Postgres(t))
 	testenv.GrantRoles(t, url)
 	c := contain(t, map[string]string{
-		"OUTBOX_POSTGRES_URL": testenv.AsRelay(t, url), "OUTBOX_SLOT": config.Database,
+		"OUTBOX_POSTGRES_URL": testenv.AsRelay(t, url), "OUTBOX_SLOT": testenv.SlotName(t, url),
 		"OUTBOX_NATS_URL": testenv.NATS(t, testenv.NATSOptions{}).URL(), "OUTBOX_NATS_USER": testenv.RelayName, "OUTBOX_NATS_PASSWORD": testenv.RelayName,
 		"OUTBOX_HTTP_ADDR": fmt.Sprintf(":%d", testenv.FreePort(t)),
 	})
@@ -103,16 +93,18 @@ func TestRunsInAContainer(t *testing.T) {
 	if code := probe(); code != 0 {
 		t.Errorf("the probe ends with %d", code)
 	}
-	conn, err := pgx.ConnectConfig(t.Context(), config)
+	conn, err := pgx.Connect(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close(t.Context())
-	if _, err := conn.Exec(t.Context(), `insert into events (aggregate_type, event_type, payload) values ('order', 'placed', '{}')`); err != nil {
+	var id string
+	err = conn.QueryRow(t.Context(), `insert into events (aggregate_type, event_type, payload) values ('order', 'placed', '{}') returning id`).Scan(&id)
+	if err != nil {
 		t.Fatal(err)
 	}
 	testenv.Eventually(t, "the event published", func() (published bool) {
-		err := conn.QueryRow(t.Context(), `select status = 'published' from events`).Scan(&published)
+		err := conn.QueryRow(t.Context(), `select status = 'published' from events where id = $1`, id).Scan(&published)
 		return err == nil && published
 	})
 	if code := r.Terminate(); code != 0 {

@@ -17,7 +17,6 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"outbox-relay/internal/testenv"
-	"outbox-relay/migrations"
 	"outbox-relay/ops"
 	"outbox-relay/outbox"
 	"outbox-relay/relay"
@@ -71,20 +70,17 @@ type ends struct {
 
 func newEnds(t *testing.T) *ends {
 	t.Helper()
-	e := &ends{postgres: testenv.Database(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
+	e := &ends{postgres: testenv.SeasonedDatabase(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
 	config, err := pgx.ParseConfig(e.postgres)
 	if err != nil {
 		t.Fatal(err)
 	}
-	e.slot = config.Database
-	err = migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
+	e.slot = testenv.SlotName(t, e.postgres)
 	if e.sql, err = pgx.ConnectConfig(t.Context(), config); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { e.sql.Close(context.Background()) })
+	e.exec(t, withoutFailures)
 	return e
 }
 

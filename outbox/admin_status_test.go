@@ -122,7 +122,7 @@ func TestStatusCostIsFlat(t *testing.T) {
 // among many exactly.
 func TestCensus(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	requireAbout := func(what string, got, want, off int64) {
 		t.Helper()
 		if got < want-off || got > want+off {
@@ -163,7 +163,7 @@ func TestCensus(t *testing.T) {
 // A partitioned table is counted like one in one piece.
 func TestCensusOfAPartitionedTable(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	b.exec(`create table parts (like events) partition by range (id)`)
 	b.exec(`create table parts_1 partition of parts (primary key (id)) for values from (minvalue) to ('event_0000030001')`)
 	b.exec(`create table parts_2 partition of parts (primary key (id)) for values from ('event_0000030001') to (maxvalue)`)
@@ -180,7 +180,7 @@ func TestCensusOfAPartitionedTable(t *testing.T) {
 
 func TestFailures(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	ids := b.insert(8)
 	b.exec(`update events set status = 'failed', failed_attempts = 2, failed_reasons = array['first', 'last ' || right(id, 3)],
 		failed_at = now() - make_interval(secs => (select n from unnest($1::text[]) with ordinality u(i, n) where i = id)) where id = any ($1)`, ids[:7])

@@ -30,9 +30,21 @@ func setup(t *testing.T) *bundle {
 
 func setupOn(t *testing.T, cluster *pgserver.Cluster) *bundle {
 	t.Helper()
-	b := &bundle{T: t, url: testenv.Database(t, cluster),
-		table: outbox.Table{Schema: "public", Name: "events", Publication: "outbox_relay", Slot: "slot", Mode: outbox.Mark}}
+	return setupDatabase(t, testenv.SeasonedDatabase(t, cluster))
+}
+
+// setupFresh is for tests that count or list all rows of the outbox.
+func setupFresh(t *testing.T) *bundle {
+	t.Helper()
+	b := setupDatabase(t, testenv.Database(t, testenv.Postgres(t)))
 	b.migrate()
+	return b
+}
+
+func setupDatabase(t *testing.T, url string) *bundle {
+	t.Helper()
+	b := &bundle{T: t, url: url,
+		table: outbox.Table{Schema: "public", Name: "events", Publication: "outbox_relay", Slot: "slot", Mode: outbox.Mark}}
 	b.relay, b.sql = b.connect(), b.connect()
 	return b
 }

@@ -244,9 +244,9 @@ func TestFill(t *testing.T) {
 	b := setup(t)
 	b.exec(`alter table events add column "Tenant Name" text, add column n numeric`)
 	b.table.Columns.Extra = []string{"Tenant Name", "n"}
-	b.exec(`insert into events (aggregate_type, event_type, payload, aggregate_id, headers, "Tenant Name", n)
-		values ('a', 'b', '{}', '', '{"b": "2", "a":  "1"}', null, 1.50)`)
-	e := outbox.Event{ID: []byte(get[string](b, `select id from events`)), EventType: []byte("as it was")}
+	id := get[string](b, `insert into events (aggregate_type, event_type, payload, aggregate_id, headers, "Tenant Name", n)
+		values ('a', 'b', '{}', '', '{"b": "2", "a":  "1"}', null, 1.50) returning id`)
+	e := outbox.Event{ID: []byte(id), EventType: []byte("as it was")}
 	b.must(b.table.Fill(t.Context(), b.relay, &e, []string{"headers", "aggregate_id", "n", "Tenant Name"}))
 	if string(e.Headers) != `{"a": "1", "b": "2"}` || e.AggregateID == nil || len(e.AggregateID) > 0 || e.Extra[0] != nil || string(e.Extra[1]) != "1.50" {
 		t.Errorf("filled %q, %q, %q", e.Headers, e.AggregateID, e.Extra)

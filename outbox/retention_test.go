@@ -57,7 +57,7 @@ func (b *bundle) put(id, status, created, published string) {
 
 func TestRetentionRemovesWhatIsOldAndPublished(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	b.ownIDs()
 	b.put("a old", "published", "3 h", "2 h")
 	b.put("b pending", "pending", "3 h", "")
@@ -92,7 +92,7 @@ func TestRetentionRemovesWhatIsOldAndPublished(t *testing.T) {
 // of another make stand behind them.
 func TestRetentionGoesNoFurtherThanULIDsNeed(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	ids := b.insert(50)
 	b.exec(`update events set status = 'published', published_at = now() - interval '1 h' where id = $1`, ids[0])
 	if removed, steps := b.remove(time.Minute, 10); removed != 1 || steps != 1 {
@@ -109,7 +109,7 @@ func TestRetentionGoesNoFurtherThanULIDsNeed(t *testing.T) {
 // Whatever the ids are, each row is looked at.
 func TestRetentionWithUUIDs(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	b.ownIDs()
 	b.exec(`insert into events (id, aggregate_type, event_type, payload, status, created_at, published_at)
 		select 'event_' || gen_random_uuid(), 'order', 'created', '{}', 'published', now(),
@@ -125,7 +125,7 @@ func TestRetentionWithUUIDs(t *testing.T) {
 // What the application does not let go stays, and the error says so.
 func TestRetentionIsRefused(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	b.ownIDs()
 	b.put("a", "published", "3 h", "2 h")
 	b.exec(`create table orders (event text references events (id)); insert into orders values ('a')`)
@@ -140,7 +140,7 @@ func TestRetentionIsRefused(t *testing.T) {
 // however often the statement was used.
 func TestRetentionReadsNoWholeTable(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	b.insert(20_000)
 	b.exec(`update events set status = 'published', published_at = now() - interval '1 h' where id in (select id from events order by id limit 10000)`)
 	b.exec(`vacuum analyze events`)
@@ -191,7 +191,7 @@ func TestRetentionOfAnotherTable(t *testing.T) {
 // are old and published, and nobody's change is lost.
 func TestRetentionUnderWriters(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t)
 	b.ownIDs()
 	const writers, each = 3, 300
 	var writing errgroup.Group

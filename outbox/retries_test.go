@@ -72,7 +72,7 @@ func TestRetriesOfOneMoment(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	ids := b.insert(10)
-	b.exec(`update events set status = 'failed', failed_at = now() - interval '1 h'`)
+	b.exec(`update events set status = 'failed', failed_at = now() - interval '1 h' where id = any ($1)`, ids)
 	slices.Sort(ids)
 	requireIDs(t, "three a step", b.due(outbox.Retries{Attempts: 1, Backoff: time.Minute}, 3), ids...)
 }

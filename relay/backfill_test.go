@@ -228,7 +228,7 @@ func TestBackfillOutlastsTimeouts(t *testing.T) {
 	_, err = open.Exec(t.Context(), `select pg_current_xact_id()`)
 	b.must(err)
 	for _, setting := range []string{"transaction_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout", "statement_timeout"} {
-		b.exec(`alter database ` + b.slot() + ` set ` + setting + ` = '500ms'`)
+		b.exec(`alter database ` + pgx.Identifier{b.database()}.Sanitize() + ` set ` + setting + ` = '500ms'`)
 	}
 	r := b.start()
 	testenv.Eventually(t, "the backlog's transaction to be older than the timeouts", func() bool {

@@ -2,6 +2,7 @@ package relay_test
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/url"
 	"os"
@@ -263,7 +264,7 @@ func TestTableIsMissing(t *testing.T) {
 	requireEnd(t, b.start("TABLE=shop.orders"), 1, `table "shop"."orders" does not exist (OUTBOX_TABLE)`, "outbox-relay migrate")
 	b.exec(`create schema shop`)
 	b.migrate("TABLE=shop.orders", "PUBLICATION=orders")
-	b.exec(`drop table public.events; alter database ` + pgx.Identifier{b.slot()}.Sanitize() + ` set search_path = shop`)
+	b.exec(`drop table public.events; alter database ` + pgx.Identifier{b.database()}.Sanitize() + ` set search_path = shop`)
 	b.sql = b.connect()
 	b.exec(`create view public.events as select 1`) // one name of two schemas is not taken for the other
 	r := b.streaming("TABLE=shop.orders", "PUBLICATION=orders")
@@ -366,7 +367,7 @@ func TestSlotOfAnotherDatabase(t *testing.T) {
 	t.Parallel()
 	b, other := setup(t), setup(t)
 	other.streaming().Terminate()
-	requireEnd(t, b.start("SLOT="+other.slot()), 1, "slot "+other.slot(), `belongs to database "`+other.slot()+`"`, `not to "`+b.slot()+`"`, "OUTBOX_SLOT")
+	requireEnd(t, b.start("SLOT="+other.slot()), 1, "slot "+other.slot(), fmt.Sprintf("belongs to database %q", other.database()), fmt.Sprintf("not to %q", b.database()), "OUTBOX_SLOT")
 	b.requireWorks()
 	other.requireWorks()
 }

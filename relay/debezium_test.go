@@ -149,7 +149,7 @@ func TestDebeziumOutboxThatIsAlwaysEmpty(t *testing.T) {
 // headers: the body is what the application wrote, to the byte.
 func TestDebeziumOutboxTypes(t *testing.T) {
 	t.Parallel()
-	const moment = `'2026-11-25 12:30:00.5'`
+	const moment = `'2026-11-25 12:30:00.5+00'`
 	for _, c := range []struct {
 		payload, time string // types
 		value         string // of the payload, in SQL

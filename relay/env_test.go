@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net/url"
 	"slices"
 	"strings"
 	"testing"
@@ -21,7 +22,7 @@ import (
 	"outbox-relay/migrations"
 )
 
-// bundle is a test's own database, migrated, with its own NATS server.
+// bundle is a test's own database, migrated and seasoned, with its own NATS server.
 type bundle struct {
 	testing.TB
 	cluster *pgserver.Cluster
@@ -42,7 +43,20 @@ func setup(t testing.TB) *bundle {
 
 func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
 	t.Helper()
-	b := setupEmpty(t, cluster, options)
+	b := setupDatabase(t, cluster, testenv.SeasonedDatabase(t, cluster), options)
+	b.grant()
+	return b
+}
+
+// setupFresh is setup with an outbox that never had a row, and nobody beside it.
+func setupFresh(t testing.TB) *bundle {
+	t.Helper()
+	return setupFreshOn(t, testenv.Postgres(t), testenv.NATSOptions{})
+}
+
+func setupFreshOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
+	t.Helper()
+	b := setupDatabase(t, cluster, testenv.Database(t, cluster), options)
 	config, err := pgx.ParseConfig(b.url)
 	b.must(err)
 	b.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
@@ -54,8 +68,13 @@ func setupOn(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOption
 // setupEmpty does not migrate.
 func setupEmpty(t testing.TB, cluster *pgserver.Cluster, options testenv.NATSOptions) *bundle {
 	t.Helper()
+	return setupDatabase(t, cluster, testenv.InhabitedDatabase(t, cluster), options)
+}
+
+func setupDatabase(t testing.TB, cluster *pgserver.Cluster, database string, options testenv.NATSOptions) *bundle {
+	t.Helper()
 	testenv.RelayBinary(t) // compiled before there is any load
-	b := &bundle{TB: t, cluster: cluster, url: testenv.Database(t, cluster), nats: testenv.NATS(t, options), granted: map[string]bool{}}
+	b := &bundle{TB: t, cluster: cluster, url: database, nats: testenv.NATS(t, options), granted: map[string]bool{}}
 	b.sql = b.connect()
 	b.env = map[string]string{
 		"OUTBOX_POSTGRES_URL":  b.url,
@@ -112,11 +131,23 @@ func (b *bundle) dial() {
 	b.must(err)
 }
 
-// slot is unique in the cluster, which tests share.
-func (b *bundle) slot() string {
+// source is the header ce-source: a URI reference, whose percent signs are encoded again
+// as those of any header are.
+// Source: section 3.1.3.2 of CloudEvents' HTTP protocol binding.
+func (b *bundle) source() string {
+	return "/" + strings.ReplaceAll(url.PathEscape(b.database()), "%", "%25") + "/" + b.slot()
+}
+
+// database is the database's name, which needs quotes.
+func (b *bundle) database() string {
 	config, err := pgx.ParseConfig(b.url)
 	b.must(err)
 	return config.Database
+}
+
+// slot is unique in the cluster, which tests share.
+func (b *bundle) slot() string {
+	return testenv.SlotName(b, b.url)
 }
 
 func (b *bundle) must(err error) {
@@ -174,6 +205,13 @@ func (b *bundle) with(changes ...string) map[string]string {
 		env["OUTBOX_"+name] = value
 	}
 	return env
+}
+
+// forgetFailures takes the failed rows out of the history, for a test that asks for
+// all failed rows.
+func (b *bundle) forgetFailures() {
+	b.Helper()
+	b.exec(`delete from events where status = 'failed'`)
 }
 
 // insert inserts n events in one statement and returns their ids in order.

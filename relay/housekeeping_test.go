@@ -10,6 +10,7 @@ import (
 // stream takes it by now, and the events go on coming.
 func TestHousekeepingBesidePublishing(t *testing.T) {
 	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
+	b.exec(`delete from events`) // which would be old enough, and is removed first
 	requireLeaves(t, b.streaming())
 	b.limitMessages(2000)
 	r := b.streaming()

@@ -18,7 +18,7 @@ import (
 func TestOutboxInShards(t *testing.T) {
 	const shards, aggregates, events = 2, 20, 400
 	b := &bundle{TB: t, cluster: testenv.Postgres(t), nats: testenv.NATS(t, testenv.NATSOptions{})}
-	b.url = testenv.Database(t, b.cluster)
+	b.url = testenv.InhabitedDatabase(t, b.cluster)
 	b.sql = b.connect()
 	b.dial()
 	b.env = map[string]string{"OUTBOX_POSTGRES_URL": b.url, "OUTBOX_NATS_URL": b.nats.URL(), "OUTBOX_HTTP_ADDR": ""}

@@ -10,7 +10,7 @@ import (
 // is: outcomes are recorded all the same, however many come then.
 func TestAnalyzedWhileEmpty(t *testing.T) {
 	t.Parallel()
-	b := setup(t)
+	b := setupFresh(t) // which can be empty
 	b.exec(`alter table events set (autovacuum_enabled = off)`)
 	b.streaming("AFTER_PUBLISH=delete")
 	fill := func() {

@@ -7,6 +7,8 @@ import (
 
 	"github.com/jackc/pglogrepl"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"outbox-relay/internal/testenv"
 )
 
 // watched is a slot without a relay, and what vitals export of it.
@@ -20,7 +22,7 @@ func newWatched(t *testing.T) *watched {
 	t.Helper()
 	w := &watched{house: newHouse(t, Housekeeping{}), vitals: &vitals{}, registry: prometheus.NewRegistry()}
 	w.registry.MustRegister(w.vitals)
-	w.housekeeper.table.Slot = w.sql.Config().Database
+	w.housekeeper.table.Slot = testenv.SlotName(t, w.url)
 	return w
 }
 
@@ -70,10 +72,10 @@ func TestVitals(t *testing.T) {
 	}
 	w.exec(`insert into outbox_relay_checkpoints (slot, system_identifier, timeline, commit_lsn, ordinal, confirmed_lsn,
 			stream, stream_created_at, stream_sequence, unrecorded_bound, updated_at)
-		values (current_database(), '7', 1, '0/0', 0, '0/0', 'EVENTS', now(), 0, 0, now() - interval '1 h')`)
-	w.exec(`select pg_create_logical_replication_slot(current_database(), 'pgoutput')`)
+		values ($1, '7', 1, '0/0', 0, '0/0', 'EVENTS', now(), 0, 0, now() - interval '1 h')`, w.housekeeper.table.Slot)
+	w.exec(`select pg_create_logical_replication_slot($1, 'pgoutput')`, w.housekeeper.table.Slot)
 	var confirmed string
-	w.must(w.sql.QueryRow(t.Context(), `select confirmed_flush_lsn::text from pg_replication_slots where slot_name = current_database()`).Scan(&confirmed))
+	w.must(w.sql.QueryRow(t.Context(), `select confirmed_flush_lsn::text from pg_replication_slots where slot_name = $1`, w.housekeeper.table.Slot).Scan(&confirmed))
 	done, err := pglogrepl.ParseLSN(confirmed)
 	w.must(err)
 	w.insert(100)
@@ -112,7 +114,7 @@ func TestLooksAreRare(t *testing.T) {
 			looks++
 		}
 	}
-	w.exec(`select pg_create_logical_replication_slot(current_database(), 'pgoutput')`)
+	w.exec(`select pg_create_logical_replication_slot($1, 'pgoutput')`, w.housekeeper.table.Slot)
 	look(nil)
 	look(nil)
 	nothing := func() pglogrepl.LSN { return 0 }

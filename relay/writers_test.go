@@ -166,7 +166,7 @@ func (b *bundle) requireContract(m message) {
 		b.Fatalf("message %s has subject %s, want %s", m.id, m.Subject, want)
 	}
 	for name, want := range map[string]string{
-		"ce-specversion": "1.0", "ce-id": m.id, "ce-source": "/" + b.slot() + "/" + b.slot(), "ce-type": eventType,
+		"ce-specversion": "1.0", "ce-id": m.id, "ce-source": b.source(), "ce-type": eventType,
 		"ce-subject": aggregateID, "ce-aggregatetype": "order", "ce-eventversion": "0", "content-type": "application/json",
 		"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
 	} {

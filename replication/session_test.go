@@ -39,9 +39,10 @@ func setupOn(t *testing.T, cluster *pgserver.Cluster) *bundle {
 	t.Helper()
 	b := &bundle{T: t, cluster: cluster}
 	var err error
-	b.config, err = pgx.ParseConfig(testenv.Database(t, cluster))
+	url := testenv.SeasonedDatabase(t, cluster)
+	b.config, err = pgx.ParseConfig(url)
 	b.must(err)
-	b.slot = b.config.Database
+	b.slot = testenv.SlotName(t, url)
 	b.sql, err = pgx.ConnectConfig(t.Context(), b.config)
 	b.must(err)
 	t.Cleanup(func() { b.sql.Close(context.Background()) })
@@ -388,7 +389,7 @@ func TestSessionEnds(t *testing.T) {
 	t.Run("no publication", func(t *testing.T) {
 		t.Parallel()
 		b := setup(t)
-		b.exec(`alter database ` + pgx.Identifier{b.slot}.Sanitize() + ` set client_min_messages = error`) // from 18 on it is a warning
+		b.exec(`alter database ` + pgx.Identifier{b.config.Database}.Sanitize() + ` set client_min_messages = error`) // from 18 on it is a warning
 		_, done := running(t, b.started(), &watcher{})
 		b.exec(`drop publication p`)
 		b.exec(`insert into t values (1)`)

@@ -6,12 +6,14 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
-// Every workload but the first differs from the base by one factor, and is whole.
+// Every workload but the first differs from the base by one factor, or from one on a
+// fresh table by its history, and is whole.
 func TestWorkloads(t *testing.T) {
 	names := map[string]bool{}
 	for i, w := range workloads() {
@@ -19,8 +21,12 @@ func TestWorkloads(t *testing.T) {
 			t.Errorf("%s is there twice", w.Name)
 		}
 		names[w.Name] = true
-		if n := factors(w); n != min(i, 1) {
-			t.Errorf("%s differs from the base by %d factors", w.Name, n)
+		from := base
+		if fresh := slices.IndexFunc(workloads(), func(one Workload) bool { return one.Name == w.Fresh }); fresh >= 0 {
+			from = workloads()[fresh]
+		}
+		if n := factors(w, from); n != min(i, 1) {
+			t.Errorf("%s differs from %s by %d factors", w.Name, from.Name, n)
 		}
 		for _, size := range []Workload{w, w.smaller()} {
 			if size.Events == 0 || size.Events%size.PerTransaction != 0 {
@@ -30,10 +36,10 @@ func TestWorkloads(t *testing.T) {
 	}
 }
 
-func factors(w Workload) (n int) {
+func factors(w, from Workload) (n int) {
 	for _, differs := range []bool{
-		w.PerTransaction != base.PerTransaction, w.Payload != base.Payload, w.AfterPublish != base.AfterPublish,
-		w.Headers != base.Headers, w.Replicas != base.Replicas,
+		w.PerTransaction != from.PerTransaction, w.Payload != from.Payload, w.AfterPublish != from.AfterPublish,
+		w.Headers != from.Headers, w.Replicas != from.Replicas, w.History != from.History,
 	} {
 		if differs {
 			n++
@@ -43,7 +49,7 @@ func factors(w Workload) (n int) {
 }
 
 func TestOnly(t *testing.T) {
-	if p := newPlan(false, 0, "mark"); len(p.workloads) != 1 || len(p.paces) != 1 || p.idle != 0 {
+	if p := newPlan(false, 0, "mark"); len(p.workloads) != 2 || len(p.paces) != 1 || p.idle != 0 {
 		t.Errorf("got %+v", p)
 	}
 	if p := newPlan(true, 3, ""); len(p.workloads) != len(workloads()) || len(p.paces) != len(paces) || p.idle == 0 || p.rounds != 3 {
@@ -125,5 +131,23 @@ func TestTraffic(t *testing.T) {
 	want := LatencyRun{Rate: 1000 / 1.999, P50: 500, P99: 990, P999: 999, Commit: 1, CommitP99: 1}
 	if got != want {
 		t.Errorf("got %+v, want %+v", got, want)
+	}
+}
+
+// What a seasoned table costs is shown beside the fresh one, round by round.
+func TestSeasonedRatios(t *testing.T) {
+	rates := func(name, fresh string, rates ...float64) Throughput {
+		t := Throughput{Workload: Workload{Name: name, Fresh: fresh}}
+		for _, rate := range rates {
+			t.Rounds = append(t.Rounds, Round{Relay: Relayed{Rate: rate}})
+		}
+		return t
+	}
+	var out strings.Builder
+	Report{Throughput: []Throughput{
+		rates("base", "", 100, 200), rates("base, seasoned", "base", 90, 200), rates("mark, seasoned", "mark", 1), // mark was not measured
+	}}.showSeasoned(&out)
+	if got := out.String(); !strings.Contains(got, "base, seasoned\t0.95 (0.90-1.00)\t2") || strings.Contains(got, "mark") {
+		t.Errorf("got %q", got)
 	}
 }

@@ -18,10 +18,19 @@ type Workload struct {
 	Headers        string // OUTBOX_HEADERS
 	Replicas       int    // of the stream; as many NATS servers run
 	Once           bool   // so large that only the last round has it
+	History        int    // published rows that the table has, vacuumed and analyzed; 0: a fresh table
+	Fresh          string // the workload that differs by History alone
 }
 
 // base is what every other workload differs from by one factor.
 var base = Workload{Name: "base", Events: 200_000, PerTransaction: 100, Payload: 200, AfterPublish: "keep", Headers: "cloudevents", Replicas: 1}
+
+// A table that has been in use has so many published rows. What costs more with them
+// shows beside the same workload on a fresh one.
+const (
+	history      = 1_000_000
+	seasonedName = ", seasoned"
+)
 
 func workloads() []Workload {
 	all := []Workload{base}
@@ -31,11 +40,18 @@ func workloads() []Workload {
 		factor(&w)
 		all = append(all, w)
 	}
+	seasoned := func(fresh Workload) {
+		w := fresh
+		w.Name, w.History, w.Fresh = fresh.Name+seasonedName, history, fresh.Name
+		all = append(all, w)
+	}
+	seasoned(base)
 	vary("1 a transaction", func(w *Workload) { w.PerTransaction = 1 })
 	vary("1 KiB", func(w *Workload) { w.Payload, w.Events = 1<<10, 100_000 })
 	vary("16 KiB", func(w *Workload) { w.Payload, w.Events = 16<<10, 15_000 })
 	vary("256 KiB", func(w *Workload) { w.Payload, w.Events = 256<<10, 1000 })
 	vary("mark", func(w *Workload) { w.AfterPublish = "mark" })
+	seasoned(all[len(all)-1])
 	vary("delete", func(w *Workload) { w.AfterPublish = "delete" })
 	vary("minimal headers", func(w *Workload) { w.Headers = "minimal" })
 	vary("3 replicas", func(w *Workload) { w.Replicas = 3 })
@@ -47,6 +63,7 @@ func workloads() []Workload {
 // them.
 func (w Workload) smaller() Workload {
 	w.Events /= 5
+	w.History /= 5
 	if w.PerTransaction > w.Events {
 		w.Events /= 4
 		w.PerTransaction = w.Events

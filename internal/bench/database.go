@@ -11,7 +11,7 @@ import (
 
 const publication = "outbox_relay"
 
-// database is a fresh outbox: no reading finds what an earlier one has left.
+// database is an outbox of its own: no reading finds what an earlier one has left.
 type database struct {
 	servers *servers
 	name    string
@@ -21,15 +21,63 @@ type database struct {
 
 // newDatabase makes a copy of the migrated template.
 func (s *servers) newDatabase(ctx context.Context) (*database, error) {
+	return s.copyDatabase(ctx, template)
+}
+
+// copyDatabase makes a copy of the template: of its files, since a large one's pages
+// would be WAL that walsenders read.
+func (s *servers) copyDatabase(ctx context.Context, template string) (*database, error) {
 	s.databases++
 	d := &database{servers: s, name: fmt.Sprintf("bench_%d", s.databases)}
 	d.url = s.postgres.URL(d.name)
-	if _, err := s.sql.Exec(ctx, fmt.Sprintf(`create database %s template %s`, d.name, template)); err != nil {
+	if _, err := s.sql.Exec(ctx, fmt.Sprintf(`create database %s template %s strategy file_copy`, d.name, template)); err != nil {
 		return nil, err
 	}
 	var err error
 	d.sql, err = pgx.Connect(ctx, d.url)
 	return d, err
+}
+
+// seasonedTemplate is a template whose outbox has that many published rows, made
+// once a run; the migrated one where it is to have none.
+func (s *servers) seasonedTemplate(ctx context.Context, rows int) (name string, err error) {
+	if rows == 0 {
+		return template, nil
+	}
+	name = fmt.Sprintf("%s_%d", template, rows)
+	var there bool
+	err = s.sql.QueryRow(ctx, `select exists (select from pg_database where datname = $1)`, name).Scan(&there)
+	if err != nil || there {
+		return name, err
+	}
+	if _, err := s.sql.Exec(ctx, fmt.Sprintf(`create database %s template %s`, name, template)); err != nil {
+		return "", err
+	}
+	conn, err := pgx.Connect(ctx, s.postgres.URL(name))
+	if err != nil {
+		return "", err
+	}
+	return name, errors.Join(publishHistory(ctx, conn, rows), conn.Close(ctx))
+}
+
+// publishHistory inserts rows as they are once they have been published, and has
+// the statistics say so. Their ids are below those of all that come.
+func publishHistory(ctx context.Context, conn *pgx.Conn, rows int) error {
+	for _, sql := range []string{
+		`set synchronous_commit = off`,
+		`alter table events disable trigger on_events_create`,
+		fmt.Sprintf(`insert into events (id, version, status, created_at, published_at, aggregate_type, aggregate_id, event_type, payload)
+			select 'event_' || lpad(i::text, 26, '0'), 0, 'published', now() - interval '1 day', now() - interval '1 day', 'order', 'order-' || i / 100,
+				'created', jsonb_build_object('order', i / 100, 'line', i %% 100, 'text', repeat(md5(i::text), 5)) from generate_series(1, %d) i`, rows),
+		`alter table events enable trigger on_events_create`,
+		`vacuum (analyze) events`,
+		`checkpoint`,
+	} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // slot is the name of a reader's slot: names are the cluster's.

@@ -109,6 +109,7 @@ func (r Report) show(out io.Writer) error {
 		base.PerTransaction, base.Payload, base.AfterPublish, base.Headers, base.Replicas)
 	table := tabwriter.NewWriter(out, 0, 0, 1, ' ', tabwriter.Debug)
 	r.showThroughput(table)
+	r.showSeasoned(table)
 	r.showLatency(table)
 	r.showIdle(table)
 	return table.Flush()
@@ -139,6 +140,29 @@ func (r Report) showThroughput(table io.Writer) {
 			relayed(func(r Relayed) float64 { return r.Walsender }).show(1),
 			relayed(func(r Relayed) float64 { return r.Memory }).show(0),
 			len(t.Rounds))
+	}
+}
+
+// showSeasoned shows what is left of the relay's rate on a table that has been in
+// use, round by round.
+func (r Report) showSeasoned(table io.Writer) {
+	var lines []string
+	for _, t := range r.Throughput {
+		i := slices.IndexFunc(r.Throughput, func(one Throughput) bool { return one.Workload.Name == t.Workload.Fresh })
+		if i < 0 || len(t.Rounds) == 0 || len(r.Throughput[i].Rounds) < len(t.Rounds) {
+			continue
+		}
+		fresh := r.Throughput[i]
+		var ratios []float64
+		for round := range t.Rounds {
+			ratios = append(ratios, t.Rounds[round].Relay.Rate/fresh.Rounds[round].Relay.Rate)
+		}
+		lines = append(lines, fmt.Sprintf("%s\t%s\t%d", t.Workload.Name, over(ratios, func(v float64) float64 { return v }).show(2), len(ratios)))
+	}
+	if len(lines) > 0 {
+		fmt.Fprintln(table)
+		header(table, "table that has been in use", "relay, ratio to a fresh table", "rounds")
+		fmt.Fprintln(table, strings.Join(lines, "\n"))
 	}
 }
 

@@ -35,7 +35,11 @@ func (s *servers) round(ctx context.Context, w Workload, number int) (r Round, e
 		return r, err
 	}
 	defer func() { err = errors.Join(err, b.close()) }()
-	d, err := s.newDatabase(ctx)
+	template, err := s.seasonedTemplate(ctx, w.History)
+	if err != nil {
+		return r, fmt.Errorf("write the history: %w", err)
+	}
+	d, err := s.copyDatabase(ctx, template)
 	if err != nil {
 		return r, err
 	}

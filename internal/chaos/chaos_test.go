@@ -76,11 +76,12 @@ func pattern(t *testing.T, name string) *regexp.Regexp {
 type run struct {
 	settings
 	servers
-	kinds  []fault
-	struck map[string]int // by kind
-	events int
-	found  findings
-	began  time.Time
+	kinds    []fault
+	struck   map[string]int // by kind
+	seasoned int            // seasons on a database that had been in use
+	events   int
+	found    findings
+	began    time.Time
 }
 
 func (r *run) faults() (n int) {
@@ -97,7 +98,8 @@ func (r *run) String() string {
 			kinds = append(kinds, fmt.Sprintf("%s %d", f.name, n))
 		}
 	}
-	return fmt.Sprintf("events %d, faults %d (%s), %s, seed %d", r.events, r.faults(), strings.Join(kinds, ", "), &r.found, r.seed)
+	return fmt.Sprintf("events %d, faults %d (%s), %d of %d seasons on seasoned databases, %s, seed %d",
+		r.events, r.faults(), strings.Join(kinds, ", "), r.seasoned, r.seasons(), &r.found, r.seed)
 }
 
 func TestChaos(t *testing.T) {
@@ -140,7 +142,7 @@ func (r *run) seasons() int {
 	return max(1, (r.settings.faults+each-1)/each)
 }
 
-// allPlans lists every plan in random order.
+// allPlans lists every plan in random order, each other one on a seasoned database.
 func allPlans(random *rand.Rand) []plan {
 	var all []plan
 	for _, after := range []string{"mark", "delete", "keep"} {
@@ -148,19 +150,27 @@ func allPlans(random *rand.Rand) []plan {
 			for _, nodes := range []int{1, 3} {
 				for _, relays := range []int{1, 2} {
 					for _, backlog := range []int{0, 30_000} {
-						all = append(all, plan{after, nodes, relays, retention, backlog})
+						all = append(all, plan{after: after, nodes: nodes, relays: relays, retention: retention, backlog: backlog})
 					}
 				}
 			}
 		}
 	}
 	random.Shuffle(len(all), func(i, j int) { all[i], all[j] = all[j], all[i] })
+	for i, first := range random.Perm(2) {
+		for ; i < len(all); i += 2 {
+			all[i].seasoned = first == 0
+		}
+	}
 	return all
 }
 
 // season goes on until the run has that many faults and events.
 func (r *run) season(t *testing.T, p plan, random *rand.Rand, events, faults int) {
 	t.Logf("season of %s", p)
+	if p.seasoned {
+		r.seasoned++
+	}
 	s := newSeason(t, r.servers, p, random, ".", nil)
 	if r.short {
 		s.again, s.backlog = 1, s.backlog/3
@@ -222,7 +232,7 @@ func names(faults []fault) string {
 	return strings.Join(all, " + ")
 }
 
-// choose draws one of the kinds that struck least, and now and then a second one
+// choose draws one of the kinds that struck least, by their weight, and now and then a second one
 // that can strike at the same time.
 func (r *run) choose(s *season) []fault {
 	var first *fault
@@ -257,10 +267,11 @@ func (r *run) draw(s *season, allowed func(fault) bool) *fault {
 		if !allowed(f) || f.fits != nil && !f.fits(s.plan) {
 			continue
 		}
-		if len(least) > 0 && r.struck[f.name] < r.struck[least[0].name] {
+		share := f.share(r.struck[f.name])
+		if len(least) > 0 && share < least[0].share(r.struck[least[0].name]) {
 			least = nil
 		}
-		if len(least) == 0 || r.struck[f.name] == r.struck[least[0].name] {
+		if len(least) == 0 || share == least[0].share(r.struck[least[0].name]) {
 			least = append(least, f)
 		}
 	}

@@ -24,6 +24,7 @@ type fault struct {
 	strike  func(*season) injury
 	on      part
 	slow    bool // takes ten seconds or more: not for short runs
+	weight  int  // how often it is drawn where others are once; 0: once
 	fits    func(plan) bool
 }
 
@@ -39,6 +40,9 @@ func (f fault) allows(other fault) bool {
 	together := f.on | other.on
 	return f.on&other.on == 0 && together&(broker|stream) != broker|stream
 }
+
+// share is how often a fault struck in relation to what it is to.
+func (f fault) share(struck int) float64 { return float64(struck) / float64(max(f.weight, 1)) }
 
 // between is a random duration, in milliseconds.
 func (s *season) between(least, most int) time.Duration {
@@ -97,5 +101,5 @@ func (s *season) await(what string, done func() bool) {
 
 // allFaults lists every kind.
 func allFaults() []fault {
-	return slices.Concat(relayFaults, postgresFaults, brokerFaults, streamFaults, linkFaults(), tableFaults)
+	return slices.Concat(relayFaults, postgresFaults, brokerFaults, streamFaults, linkFaults(), tableFaults, upkeepFaults)
 }

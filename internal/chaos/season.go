@@ -27,7 +27,8 @@ type plan struct {
 	nodes     int    // NATS servers, and replicas of the stream
 	relays    int    // processes, all on one slot
 	retention retention
-	backlog   int // rows that are there before the slot
+	backlog   int  // rows that are there before the slot
+	seasoned  bool // the database has been in use before
 }
 
 // retention is how messages leave the stream.
@@ -47,7 +48,11 @@ func (p plan) String() string {
 	if p.backlog > 0 {
 		backlog = fmt.Sprintf(", %d rows before the slot", p.backlog)
 	}
-	return fmt.Sprintf("%s, %d NATS nodes, messages %s, %d relays%s", p.after, p.nodes, p.retention, p.relays, backlog)
+	database := "fresh"
+	if p.seasoned {
+		database = "seasoned"
+	}
+	return fmt.Sprintf("%s, %d NATS nodes, messages %s, %d relays%s, on a %s database", p.after, p.nodes, p.retention, p.relays, backlog, database)
 }
 
 // season is a database, a stream and the relays between them, for some faults.
@@ -136,16 +141,33 @@ func (s *season) must(err error) {
 
 func (s *season) openDatabase() {
 	s.Helper()
-	s.url = testenv.Database(s.T, s.cluster)
-	config, err := pgx.ParseConfig(s.url)
-	s.must(err)
-	s.slot = config.Database
-	target := migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}
-	s.must(migrations.Up(s.Context(), config, target, slog.New(slog.DiscardHandler)))
+	if s.seasoned {
+		s.url = testenv.SeasonedDatabase(s.T, s.cluster)
+		testenv.GrantRoles(s, s.url, "OUTBOX_AFTER_PUBLISH")
+		testenv.Busy(s, s.url, neighbourRate)
+	} else {
+		s.url = testenv.Database(s.T, s.cluster)
+		s.migrate()
+	}
+	s.slot = testenv.SlotName(s, s.url)
 	s.Cleanup(s.hangUp)
 	s.oracle = oracle{slot: s.slot + "_oracle"}
 	s.query(s.oracle.create)
 }
+
+func (s *season) migrate() {
+	s.Helper()
+	config, err := pgx.ParseConfig(s.url)
+	s.must(err)
+	target := migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}
+	s.must(migrations.Up(s.Context(), config, target, slog.New(slog.DiscardHandler)))
+}
+
+// neighbourRate is how many rows a second a seasoned database's neighbour changes.
+const neighbourRate = 500
+
+// notHistory excludes the rows that a seasoned database had before its season.
+const notHistory = `aggregate_type <> '` + testenv.History + `'`
 
 // dial connects the test itself to NATS, past the proxies.
 func (s *season) dial() {
@@ -292,8 +314,12 @@ func (s *season) newSeat() *seat {
 		st.nats = append(st.nats, proxy)
 		servers = append(servers, "nats://"+proxy.Addr())
 	}
+	at := direct.String()
+	if s.seasoned { // whose role has settings that a superuser's has not
+		at = testenv.AsRelay(s, at)
+	}
 	st.env = map[string]string{
-		"OUTBOX_POSTGRES_URL":            direct.String(),
+		"OUTBOX_POSTGRES_URL":            at,
 		"OUTBOX_SLOT":                    s.slot,
 		"OUTBOX_NATS_URL":                strings.Join(servers, ","),
 		"OUTBOX_STREAM":                  streamName,

@@ -121,7 +121,7 @@ func (s *season) awaitWitness() {
 }
 
 func readRows(ctx context.Context, conn *pgx.Conn) ([]row, error) {
-	rows, err := conn.Query(ctx, `select id, status, published_at from events`)
+	rows, err := conn.Query(ctx, `select id, status, published_at from events where `+notHistory)
 	if err != nil {
 		return nil, err
 	}

@@ -5,7 +5,6 @@ package examples
 import (
 	"context"
 	"io/fs"
-	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,7 +16,6 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/testenv"
-	"outbox-relay/migrations"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
@@ -44,11 +42,7 @@ func setup(t testing.TB) *shop {
 
 func setupNoStream(t testing.TB) *shop {
 	t.Helper()
-	s := &shop{TB: t, url: testenv.Database(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{})}
-	config, err := pgx.ParseConfig(s.url)
-	s.must(err)
-	s.must(migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"},
-		slog.New(slog.DiscardHandler)))
+	s := &shop{TB: t, url: testenv.SeasonedDatabase(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{})}
 	s.sql = s.connect()
 	tables, err := os.ReadFile(filepath.Join(folder, "orders", "tables.sql"))
 	s.must(err)

@@ -6,7 +6,6 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"os"
 	"strconv"
@@ -20,7 +19,6 @@ import (
 
 	"outbox-relay/internal/debian"
 	"outbox-relay/internal/testenv"
-	"outbox-relay/migrations"
 )
 
 func TestMain(m *testing.M) { testenv.Main(m) }
@@ -61,12 +59,10 @@ type outbox struct {
 // newOutbox starts a relay that has three rows to backfill.
 func newOutbox(t *testing.T) *outbox {
 	t.Helper()
-	url := testenv.Database(t, testenv.Postgres(t))
-	config, err := pgx.ParseConfig(url)
-	must(t, err)
-	must(t, migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler)))
+	url := testenv.SeasonedDatabase(t, testenv.Postgres(t))
 	server := testenv.NATS(t, testenv.NATSOptions{})
 	o := &outbox{T: t, link: testenv.NewProxy(t, strings.TrimPrefix(server.URL(), "nats://")), addr: fmt.Sprintf("127.0.0.1:%d", testenv.FreePort(t))}
+	var err error
 	o.sql, err = pgx.Connect(t.Context(), url)
 	must(t, err)
 	t.Cleanup(func() { o.sql.Close(context.Background()) })
@@ -78,7 +74,7 @@ func newOutbox(t *testing.T) *outbox {
 	o.limitSlot()
 	o.insert("backfilled", 3)
 	o.relay = testenv.StartRelay(t, map[string]string{
-		"OUTBOX_POSTGRES_URL": url, "OUTBOX_SLOT": config.Database, "OUTBOX_NATS_URL": "nats://" + o.link.Addr(), "OUTBOX_HTTP_ADDR": o.addr,
+		"OUTBOX_POSTGRES_URL": url, "OUTBOX_SLOT": testenv.SlotName(t, url), "OUTBOX_NATS_URL": "nats://" + o.link.Addr(), "OUTBOX_HTTP_ADDR": o.addr,
 		"OUTBOX_STREAM_DUPLICATE_WINDOW": "100ms",
 	})
 	o.relay.WaitLog("msg=streaming")

@@ -50,7 +50,7 @@ func (o *outbox) live() {
 
 	o.stall()
 	o.loseAnAck()
-	o.exec(`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = current_database()`)
+	o.exec(`select pg_terminate_backend(active_pid) from pg_replication_slots where slot_name = split_part(current_database(), ' ', 1)`)
 	o.await(`outbox_relay_sessions_lost_total`)
 	o.awaitStatus(o.insert("order", 1), "published")
 

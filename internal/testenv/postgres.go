@@ -115,13 +115,21 @@ func owned(tb testing.TB, start func(context.Context) (*pgserver.Cluster, error)
 
 var databases atomic.Int64
 
-// Database creates a database named after the test and returns its URL. Cleanup
+// Database creates an empty database named after the test and returns its URL: for
+// a test that says why it does not take a SeasonedDatabase. Cleanup
 // drops it with its replication slots, whoever still uses them; it leaves a
 // cluster alone that no longer runs.
 func Database(tb testing.TB, c *pgserver.Cluster) string {
 	tb.Helper()
 	name := databaseName(tb.Name(), databases.Add(1))
-	if err := execute(c, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()); err != nil {
+	createDatabase(tb, c, name, "")
+	return c.URL(name)
+}
+
+// createDatabase creates a database that Cleanup drops.
+func createDatabase(tb testing.TB, c *pgserver.Cluster, name, options string) {
+	tb.Helper()
+	if err := execute(c, "CREATE DATABASE "+pgx.Identifier{name}.Sanitize()+" "+options); err != nil {
 		tb.Fatalf("create database %s: %v", name, err)
 	}
 	tb.Cleanup(func() {
@@ -132,7 +140,6 @@ func Database(tb testing.TB, c *pgserver.Cluster) string {
 			tb.Errorf("drop database %s: %v", name, err)
 		}
 	})
-	return c.URL(name)
 }
 
 // databaseName makes a name of at most 63 bytes that needs no quotes.
@@ -184,11 +191,15 @@ func execute(c *pgserver.Cluster, sql string) error {
 	})
 }
 
-// withConn lends a connection to the cluster's database postgres, for a minute.
+// withConn lends a connection to the cluster's database postgres, for as long as patience.
 func withConn(c *pgserver.Cluster, use func(context.Context, *pgx.Conn) error) error {
+	return withConnTo(c, "postgres", use)
+}
+
+func withConnTo(c *pgserver.Cluster, database string, use func(context.Context, *pgx.Conn) error) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	conn, err := pgx.Connect(ctx, c.URL("postgres"))
+	conn, err := pgx.Connect(ctx, c.URL(database))
 	if err != nil {
 		return err
 	}
