@@ -131,7 +131,7 @@ func TestIgnoredInsertsAreToldOnce(t *testing.T) {
 	b := setup(t)
 	r := b.streaming()
 	b.exec(`alter table events disable trigger user`)
-	b.exec(`insert into events (id, aggregate_type, event_type, payload, status, published_at)
+	b.exec(`insert into events (id, aggregate_type, event_type, payload, status, created_at)
 		select 'event_' || i, 'order', 'created', '{}', 'published', now() from generate_series(1, 200) i`)
 	b.exec(`alter table events enable trigger user`)
 	ids := b.insert(1)
@@ -141,4 +141,3 @@ func TestIgnoredInsertsAreToldOnce(t *testing.T) {
 	}
 	requireLeaves(t, r)
 }
-

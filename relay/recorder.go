@@ -45,7 +45,6 @@ type recorder struct {
 	pending   []confirmation
 	waiting   int // leftovers
 	swept     time.Time
-	calm      calmer
 
 	inflight func() (events, bytes int) // of the chain
 
@@ -201,6 +200,7 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 	switch {
 	case err == nil:
 		r.relay.refused.Store(false)
+		r.relay.causes.refused.Over("Postgres records outcomes again")
 		return full, nil
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
@@ -208,9 +208,7 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 		return false, r.explainSchema(ctx, err)
 	}
 	r.relay.refused.Store(true)
-	if r.calm.news(err) {
-		r.log.Warn("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
-	}
+	r.relay.causes.refused.Again("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
 	return false, wait.For(ctx, checkEvery)
 }
 

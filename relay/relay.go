@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"outbox-relay/internal/repeat"
 	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
@@ -54,8 +55,9 @@ const (
 // Relay publishes the events of one outbox.
 type Relay struct {
 	config  Config
-	log     *slog.Logger
+	log     *slog.Logger // says nothing of how well a session begins while they end again and again
 	metrics *Metrics
+	causes  *causes
 
 	state      atomic.Value                // State
 	streamed   bool                        // a session has streamed: what is wrong now was right before
@@ -72,7 +74,8 @@ type Relay struct {
 // New returns a relay; nothing runs before Run.
 func New(config Config, log *slog.Logger, metrics *Metrics) *Relay {
 	config.StallAfter = cmp.Or(config.StallAfter, time.Minute)
-	r := &Relay{config: config, log: log, metrics: metrics}
+	r := &Relay{config: config, metrics: metrics, causes: newCauses(log)}
+	r.log = slog.New(repeat.Quiet(log.Handler(), r.causes.session))
 	r.state.Store(Starting)
 	metrics.observe(r)
 	return r
@@ -100,12 +103,20 @@ func (r *Relay) Trouble() string {
 			return *why
 		}
 	case state != Streaming && state != Backfilling || p == nil:
-	case p.chain.Interrupted():
-		return "publishing to the stream is interrupted"
+	case interruption(p) != "":
+		return interruption(p)
 	case r.refused.Load():
 		return "Postgres refuses to record outcomes"
 	case r.invisible.Load():
 		return "a transaction with events is committed and can't be seen yet: is a synchronous standby missing?"
+	}
+	return ""
+}
+
+// interruption says why nothing is stored at present; empty: it is.
+func interruption(p *pipeline) string {
+	if _, why := p.chain.Interrupted(); why != nil {
+		return "publishing to the stream is interrupted: " + why.Error()
 	}
 	return ""
 }
@@ -119,7 +130,7 @@ func (r *Relay) Run(ctx context.Context) error {
 			client.Close()
 		}
 	}()
-	var calm calmer
+	defer context.AfterFunc(ctx, r.causes.session.Forget)() // how it stops is told
 	for attempt := 0; ; attempt++ {
 		began := time.Now()
 		err := r.session(ctx)
@@ -141,24 +152,22 @@ func (r *Relay) Run(ctx context.Context) error {
 		if errors.Is(err, errSlotFree) {
 			continue
 		}
-		r.enter(err, &calm)
+		r.enter(err)
 		if wait.For(ctx, retryDelay(err, attempt)) != nil {
 			return nil
 		}
 	}
 }
 
-// enter says, once for each new reason, why the relay waits.
-func (r *Relay) enter(err error, calm *calmer) {
+// enter says why the relay waits.
+func (r *Relay) enter(err error) {
 	if errors.Is(err, replication.ErrSlotInUse) {
 		r.standBy()
 		return
 	}
 	r.because(err)
 	r.state.Store(Starting)
-	if calm.news(err) {
-		r.log.Warn("waiting to start again", "error", err)
-	}
+	r.causes.session.Again("waiting to start again", "error", err)
 }
 
 // because keeps why no session runs.
@@ -172,20 +181,6 @@ func (r *Relay) standBy() {
 	if r.state.Swap(Standby) != Standby {
 		r.log.Info("standing by: another relay has the slot", "slot", r.config.Table.Slot)
 	}
-}
-
-// calmer keeps an error that comes again and again from being logged each time.
-type calmer struct {
-	last string
-	when time.Time
-}
-
-func (c *calmer) news(err error) bool {
-	if text := err.Error(); text != c.last || time.Since(c.when) > time.Minute {
-		c.last, c.when = text, time.Now()
-		return true
-	}
-	return false
 }
 
 func (r *Relay) fatal(err error) bool {

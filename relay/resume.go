@@ -178,7 +178,8 @@ func (s *session) tellStrangers(found sink.Found, fromTable bool) bool {
 	}
 	if s.left == 0 {
 		s.relay.metrics.foreign.Add(float64(n))
-		s.log.Warn("the stream has messages that are not this relay's", "messages", n, "remedy", "deny others to publish on the relay's subjects")
+		s.relay.causes.foreign.Again("the stream has messages that are not this relay's", "messages", n, "remedy", "deny others to publish on the relay's subjects")
+		s.relay.causes.foreign.Lapse("no more messages in the stream are others'")
 		return true
 	}
 	s.relay.metrics.phantoms.Add(float64(n))

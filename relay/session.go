@@ -347,6 +347,7 @@ func (s *session) run(ctx context.Context, from origin) error {
 
 	s.relay.streamed = true
 	s.relay.waiting.Store(nil)
+	s.relay.causes.session.Over("a session runs again")
 	if p.due {
 		s.relay.state.Store(Backfilling)
 		from.reader.Ask() // so that there is something to take at once

@@ -54,7 +54,7 @@ type sample struct {
 func (p *pipeline) sample() sample {
 	s := sample{settled: p.chain.Settled(), rounds: p.recorder.rounds.Load()}
 	s.read, s.recorded = p.tracker.Progress()
-	s.waits = p.chain.Interrupted() || p.relay.refused.Load() || p.recorder.waits()
+	s.waits = interruption(p) != "" || p.relay.refused.Load() || p.recorder.waits()
 	return s
 }
 
@@ -100,12 +100,10 @@ func (p *pipeline) tellStall(why string) {
 	if why == "" {
 		p.relay.stalled.Store(nil)
 		if before != "" {
-			p.log.Info("goes on after a stall")
+			p.relay.causes.stall.Over("goes on after a stall")
 		}
 		return
 	}
 	p.relay.stalled.Store(&why)
-	if before == "" {
-		p.log.Error("stalled", "reason", why)
-	}
+	p.relay.causes.stall.Fault("stalled", "reason", why)
 }

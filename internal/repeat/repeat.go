@@ -26,7 +26,8 @@ const (
 // Postgres. The arguments of its methods are those of a slog.Logger's. Safe for
 // concurrent use.
 type Cause struct {
-	log *slog.Logger
+	log   *slog.Logger
+	texts int // how many different ones are logged without a pause
 
 	mu    sync.Mutex
 	state state
@@ -34,20 +35,27 @@ type Cause struct {
 }
 
 // New returns a cause that has not occurred.
-func New(log *slog.Logger) *Cause { return &Cause{log: log} }
+func New(log *slog.Logger) *Cause { return &Cause{log: log, texts: textsAtOnce} }
+
+// First returns a cause of which the first text is the truth, and others that
+// follow are echoes.
+func First(log *slog.Logger) *Cause { return &Cause{log: log, texts: 1} }
 
 // Again says that the cause has occurred, as a warning.
 func (c *Cause) Again(message string, attrs ...any) { c.occur(slog.LevelWarn, message, attrs) }
 
-// Note is Again for what is no warning.
-func (c *Cause) Note(message string, attrs ...any) { c.occur(slog.LevelInfo, message, attrs) }
+// Fault is Again for an error.
+func (c *Cause) Fault(message string, attrs ...any) { c.occur(slog.LevelError, message, attrs) }
+
+// Mention is Again for what is no warning.
+func (c *Cause) Mention(message string, attrs ...any) { c.occur(slog.LevelInfo, message, attrs) }
 
 func (c *Cause) occur(level slog.Level, message string, attrs []any) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.stop()
 	now := time.Now()
-	if !c.state.again(now, text(message, attrs)) {
+	if !c.state.again(now, text(message, attrs), c.texts) {
 		return
 	}
 	if c.state.count > 1 {
@@ -141,8 +149,9 @@ type state struct {
 	returning bool            // it has come back after its end: the next one is held back
 }
 
-// again takes an occurrence, and reports whether it is to be logged.
-func (s *state) again(now time.Time, text string) bool {
+// again takes an occurrence, and reports whether it is to be logged; atOnce is how
+// many different texts are without a pause.
+func (s *state) again(now time.Time, text string, atOnce int) bool {
 	lasted := s.ended.IsZero() || s.returning // as far as the log says
 	if !s.ended.IsZero() && now.Sub(s.ended) >= Every {
 		*s = state{}
@@ -155,7 +164,7 @@ func (s *state) again(now time.Time, text string) bool {
 	s.returning = s.returning || returned
 	s.count++
 	s.ended = time.Time{}
-	news := len(s.texts) < textsAtOnce && !s.texts[text]
+	news := len(s.texts) < atOnce && !s.texts[text]
 	if !first && !returned && !news && now.Sub(s.told) < Every {
 		return false
 	}

@@ -95,7 +95,7 @@ func TestTextsOfACause(t *testing.T) {
 		}
 		c.Forget()
 		for i := range 70 {
-			c.Note("a word", "notice", i)
+			c.Mention("a word", "notice", i)
 			time.Sleep(time.Second)
 		}
 		c.Forget()
