@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/migrations"
 	"outbox-relay/ops"
@@ -71,7 +72,12 @@ type ends struct {
 
 func newEnds(t *testing.T) *ends {
 	t.Helper()
-	e := &ends{postgres: testenv.Database(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
+	return newEndsOn(t, testenv.Postgres(t))
+}
+
+func newEndsOn(t *testing.T, cluster *pgserver.Cluster) *ends {
+	t.Helper()
+	e := &ends{postgres: testenv.Database(t, cluster), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
 	config, err := pgx.ParseConfig(e.postgres)
 	if err != nil {
 		t.Fatal(err)
