@@ -75,7 +75,17 @@ func newEnds(t *testing.T) *ends {
 	return newEndsOn(t, testenv.Postgres(t))
 }
 
+func newPartitionedEnds(t *testing.T) *ends {
+	t.Helper()
+	return newEndsFor(t, testenv.Postgres(t), migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay", Partitioned: true})
+}
+
 func newEndsOn(t *testing.T, cluster *pgserver.Cluster) *ends {
+	t.Helper()
+	return newEndsFor(t, cluster, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"})
+}
+
+func newEndsFor(t *testing.T, cluster *pgserver.Cluster, target migrations.Target) *ends {
 	t.Helper()
 	e := &ends{postgres: testenv.Database(t, cluster), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
 	config, err := pgx.ParseConfig(e.postgres)
@@ -83,7 +93,7 @@ func newEndsOn(t *testing.T, cluster *pgserver.Cluster) *ends {
 		t.Fatal(err)
 	}
 	e.slot = config.Database
-	err = migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay"}, slog.New(slog.DiscardHandler))
+	err = migrations.Up(t.Context(), config, target, slog.New(slog.DiscardHandler))
 	if err != nil {
 		t.Fatal(err)
 	}
