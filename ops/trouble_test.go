@@ -89,7 +89,7 @@ func TestRestartThatDoesNotHelpIsNotRepeated(t *testing.T) {
 	second := serve(t, config)
 	second.run()
 	second.await("/readyz", http.StatusServiceUnavailable, "stalled: for")
-	second.await("/healthz", http.StatusOK, "no restart would help: stalled")
+	second.await("/healthz", http.StatusOK, "no restart would help: stalled since the last one")
 	release()
 	second.await("/readyz", http.StatusOK, "streaming")
 	second.await("/healthz", http.StatusOK, "ok")

@@ -25,6 +25,6 @@ type causes struct {
 
 func newCauses(log *slog.Logger) *causes {
 	cause := func() *repeat.Cause { return repeat.New(log) }
-	return &causes{session: cause(), standby: cause(), refused: cause(), stall: cause(), notice: cause(), open: cause(), ignored: cause(), foreign: cause(),
+	return &causes{session: cause(), standby: cause(), refused: cause(), stall: repeat.First(log), notice: cause(), open: cause(), ignored: cause(), foreign: cause(),
 		housework: cause(), retention: cause(), retries: cause(), partitions: cause()}
 }

@@ -3,8 +3,10 @@ package relay_test
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/nats-io/nats-server/v2/server"
 
 	"outbox-relay/internal/testenv"
@@ -40,19 +42,26 @@ func TestWhatWasRightBeforeIsWaitedFor(t *testing.T) {
 	r := testenv.StartRelay(t, env)
 	r.WaitLog("msg=streaming")
 	end := `select pg_terminate_backend(pid) from pg_stat_activity where usename = 'relay'`
-	other := b.connect() // a database that is closed lets nobody in
+	config := b.sql.Config().Copy()
+	config.Database = "postgres" // one's own can't be closed
+	outside, err := pgx.ConnectConfig(t.Context(), config)
+	b.must(err)
+	defer outside.Close(t.Context())
 	for _, c := range []struct{ name, spoil, mend, says string }{
 		{"REPLICATION taken away", `alter role relay noreplication`, `alter role relay replication`, "42501"},
 		{"a right taken away", `revoke update on outbox_relay_checkpoints from relay`, `grant update on outbox_relay_checkpoints to relay`, "permission denied for table outbox_relay_checkpoints"},
 		{"no login", `alter role relay nologin`, `alter role relay login`, "28000"},
 		{"database closed", `alter database ` + b.slot() + ` allow_connections false`, `alter database ` + b.slot() + ` allow_connections true`, "55000"},
 	} {
-		_, err := other.Exec(t.Context(), c.spoil)
+		conn := b.sql
+		if strings.Contains(c.spoil, "database") {
+			conn = outside
+		}
+		_, err := conn.Exec(t.Context(), c.spoil)
 		b.must(err)
-		_, err = other.Exec(t.Context(), end)
-		b.must(err)
+		b.exec(end)
 		r.WaitLog(c.says)
-		_, err = other.Exec(t.Context(), c.mend)
+		_, err = conn.Exec(t.Context(), c.mend)
 		b.must(err)
 		b.requireStatus("published", b.insert(1))
 	}

@@ -140,7 +140,9 @@ func (h *housekeeper) attempt(ctx context.Context, c *chore) time.Duration {
 		return h.fail(ctx, &h.failed, h.relay.causes.housework, c, err)
 	}
 	h.succeed(&h.failed, h.relay.causes.housework, c)
+	h.relay.housework.begin(c.name)
 	rest, err := c.do(ctx)
+	h.relay.housework.end()
 	if err != nil {
 		return h.fail(ctx, &c.failed, c.cause, c, err)
 	}

@@ -133,11 +133,18 @@ func (r *recorder) rest(ctx context.Context, full bool) error {
 
 // serve does what was asked for.
 func (r *recorder) serve(ctx context.Context, req request) {
+	req.done <- r.use(func() error { return req.do(ctx) })
+}
+
+// use lends the connection to do, and has it known how long that takes.
+func (r *recorder) use(do func() error) error {
+	r.relay.recording.begin("recording")
+	defer r.relay.recording.end()
 	r.working.Lock()
-	err := req.do(ctx)
-	r.working.Unlock()
+	defer r.working.Unlock()
+	err := do()
 	r.rounds.Add(1)
-	req.done <- err
+	return err
 }
 
 // hurry asks for a round at once. Safe for concurrent use.
@@ -193,10 +200,10 @@ func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Conte
 // attempt makes a round, and retries what can pass while the connection holds:
 // a Postgres that refuses writes for a while holds back only the LSN.
 func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
-	r.working.Lock()
-	full, err = r.round(ctx)
-	r.working.Unlock()
-	r.rounds.Add(1)
+	err = r.use(func() (err error) {
+		full, err = r.round(ctx)
+		return err
+	})
 	switch {
 	case err == nil:
 		r.relay.refused.Store(false)
@@ -347,6 +354,9 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
 	r.lastWrite, r.ownEnd = time.Now(), 0
 	r.tell(recorded, len(items))
+	if len(b.Items) > 0 {
+		r.relay.recorded.Store(true)
+	}
 	return nil
 }
 

@@ -30,6 +30,9 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		return from, err
 	}
 	cp := &from.checkpoint
+	if !s.relay.streamed {
+		s.relay.unclean.Store(cp.Bound > 0)
+	}
 	if cp.Phase == checkpoint.Creating { // nothing was read from the slot yet
 		cp.Position = checkpoint.Position{Commit: from.reader.Confirmed()}
 		cp.Confirmed = from.reader.Confirmed()

@@ -223,6 +223,13 @@ func remedy(err error) string {
 	return ""
 }
 
+// Barred reports whether it is not the stream that keeps the relay from publishing, but
+// the way to it: NATS does not trust the relay, or the other way round, a secret can't
+// be read, or JetStream is switched off. All of these can be put right elsewhere.
+func Barred(err error) bool {
+	return err != nil && (errors.Is(err, errNoJetStream) || remedy(err) != "" || permanent(err))
+}
+
 func (c *Client) checkServer() error {
 	version := c.nc.ConnectedServerVersion()
 	has, err := parseVersion(version)
