@@ -156,7 +156,7 @@ func split(args []string) (command string, rest []string) {
 func admin(cfg config.Config, std streams) ops.Admin {
 	relaying := relayConfig(cfg)
 	return ops.Admin{
-		Postgres: relaying.Postgres, Table: relaying.Table, Sink: relaying.Sink(replication.System{}),
+		Postgres: relaying.Postgres, Table: relaying.Table, Sink: relaying.Sink(replication.System{}), HTTP: cfg.HTTP.Addr,
 		In: std.in, Out: std.out, Err: std.err,
 	}
 }

@@ -4,7 +4,9 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"testing"
+	"time"
 
 	"outbox-relay/internal/testenv"
 	"outbox-relay/relay"
@@ -47,7 +49,6 @@ func TestStandbyThatCouldNotTakeOver(t *testing.T) {
 			"the checkpoint belongs to stream EVENTS and OUTBOX_STREAM is OTHER"},
 		"subjects that the stream does not have": {func(c *relay.Config) { editSink(c, func(s *sink.Config) { s.Stream.Subjects = "orders.*" }) },
 			"do not cover orders.*"},
-		"another publication": {func(c *relay.Config) { c.Table.Publication = "other" }, "publication other does not exist"},
 		"a role without REPLICATION": {func(c *relay.Config) {
 			u, err := url.Parse(e.postgres)
 			if err != nil {
@@ -69,4 +70,47 @@ func TestStandbyThatCouldNotTakeOver(t *testing.T) {
 		})
 	}
 	first.await("/readyz", http.StatusOK, "streaming")
+}
+
+// It looks again and again, and is ready again when what was wrong is right.
+func TestStandbyLooksAgain(t *testing.T) {
+	t.Parallel()
+	e := newEndsOn(t, testenv.OwnPostgres(t, map[string]string{"max_wal_senders": "3"}))
+	first := serve(t, e.config())
+	stop := first.run()
+	first.await("/readyz", http.StatusOK, "streaming")
+	proxy := testenv.NewProxy(t, strings.TrimPrefix(e.nats, "nats://"))
+	e.nats = "nats://" + proxy.Addr()
+	config := e.config()
+	config.CheckEvery = 100 * time.Millisecond
+	second := serve(t, config)
+	second.run()
+	second.await("/readyz", http.StatusOK, "standby")
+
+	proxy.Refuse(true)
+	second.await("/readyz", http.StatusServiceUnavailable, "standby: could not take over: connect to NATS")
+	second.await("/metrics", http.StatusOK, `outbox_relay_trouble{reason="no_takeover"} 1`)
+	proxy.Refuse(false)
+	second.await("/readyz", http.StatusOK, "standby")
+
+	e.exec(t, `update outbox_relay_checkpoints set format = 9`)
+	second.await("/readyz", http.StatusServiceUnavailable, "its format is 9")
+	e.exec(t, `update outbox_relay_checkpoints set format = 1`)
+	second.await("/readyz", http.StatusOK, "standby")
+
+	var taken []*replication.Conn
+	testenv.Eventually(t, "all walsenders to be taken", func() bool {
+		conn, err := replication.Connect(t.Context(), &e.sql.Config().Config)
+		if err == nil {
+			taken = append(taken, conn)
+		}
+		_, body := second.get("/readyz")
+		return strings.Contains(body, "raise max_wal_senders")
+	})
+	for _, conn := range taken {
+		conn.Close()
+	}
+	second.await("/readyz", http.StatusOK, "standby")
+	stop()
+	second.await("/readyz", http.StatusOK, "streaming")
 }

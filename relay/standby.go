@@ -104,13 +104,13 @@ func (e *Examination) rehearsePostgres(ctx context.Context) (st Standing, err er
 	if err := e.s.checkTable(ctx); err != nil {
 		return st, err
 	}
-	if err := e.checkGrants(ctx); err != nil {
-		return st, err
-	}
 	if err := e.s.connectReplication(ctx); err != nil {
 		return st, err
 	}
 	e.s.conn.Close() // a walsender that others may need
+	if err := e.checkGrants(ctx); err != nil {
+		return st, err
+	}
 	if err := e.s.checkSlot(ctx); err != nil {
 		return st, err
 	}
