@@ -79,6 +79,7 @@ func TestRestartThatDoesNotHelpIsNotRepeated(t *testing.T) {
 	config.StallAfter = time.Second
 	first := serve(t, config)
 	stop := first.run()
+	first.await("/readyz", http.StatusOK, "streaming")
 	e.exec(t, insertOne)
 	first.await("/metrics", http.StatusOK, "outbox_relay_events_recorded_total 1\n")
 	release := e.barred(t)

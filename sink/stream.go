@@ -58,7 +58,7 @@ var (
 	// ErrNoStream says that the stream is not there, and not to be made.
 	ErrNoStream = errors.New("it is not to be created")
 	// errNoJetStream says that the server, or the account, has JetStream switched off.
-	errNoJetStream = errors.New("there is no JetStream")
+	errNoJetStream = errors.New("no JetStream")
 	// errGone says that no message stands at a sequence.
 	errGone = errors.New("message gone")
 )
