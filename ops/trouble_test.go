@@ -3,6 +3,7 @@ package ops_test
 import (
 	"context"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -43,6 +44,9 @@ func TestSlowRecordIsToldBeforeItIsAStall(t *testing.T) {
 	s.await("/healthz", http.StatusOK, "ok, and no restart would help: streaming: Postgres has not answered the recorder for")
 	s.await("/api/status", http.StatusOK, "Postgres has not answered the recorder for")
 	s.await("/metrics", http.StatusOK, `outbox_relay_trouble{reason="slow_record"} 1`)
+	if _, metrics := s.get("/metrics"); strings.Contains(metrics, "outbox_relay_record_seconds 0\n") {
+		t.Error("the metrics say that the recorder does not wait")
+	}
 	release()
 	s.await("/readyz", http.StatusOK, "streaming")
 	s.await("/metrics", http.StatusOK, `outbox_relay_trouble{reason="slow_record"} 0`)
@@ -90,6 +94,7 @@ func TestRestartThatDoesNotHelpIsNotRepeated(t *testing.T) {
 	second := serve(t, config)
 	second.run()
 	second.await("/readyz", http.StatusServiceUnavailable, "stalled: for")
+	second.await("/metrics", http.StatusOK, "outbox_relay_stalled 1\n")
 	second.await("/healthz", http.StatusOK, "no restart would help: stalled since the last one")
 	release()
 	second.await("/readyz", http.StatusOK, "streaming")
