@@ -170,6 +170,7 @@ func (r *Relay) standBy() {
 		default:
 		}
 		r.log.Info("standing by: another relay has the slot", "slot", r.config.Table.Slot)
+		r.causes.session.Over("no session is needed: another relay has the slot")
 	}
 }
 

@@ -121,7 +121,7 @@ func (w *watch) fill(now time.Time, s sample) *string {
 	if pace := float64(s.recorded-w.recorded) / lasted.Seconds(); lasted < fullAfter || pace*time.Minute.Seconds() >= unrecordedBound {
 		return nil
 	}
-	why := fmt.Sprintf("%d events are read and not recorded, as many as may be, for %s: nothing more is read than Postgres records", unrecordedBound, lasted.Round(time.Second))
+	why := fmt.Sprintf("%d events are read and not recorded, as many as may be, for %s: nothing more is read than Postgres records", unrecordedBound, rough(lasted))
 	return &why
 }
 

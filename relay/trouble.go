@@ -97,7 +97,7 @@ func (r *Relay) startTrouble() Trouble {
 		return Trouble{Waiting, *why}
 	}
 	if what, taken := r.starting.taken(); taken > slowAfter {
-		return Trouble{Waiting, fmt.Sprintf("%s has taken %s by now", what, taken.Round(time.Second))}
+		return Trouble{Waiting, fmt.Sprintf("%s has taken %s by now", what, rough(taken))}
 	}
 	return Trouble{}
 }
@@ -110,15 +110,23 @@ func (r *Relay) slowRecord() Trouble {
 	}
 	chore, kept := r.housework.taken()
 	if kept > slowAfter {
-		return Trouble{Housekept, fmt.Sprintf("housekeeping (%s) has held the recorder up for %s: it goes on by itself; look what application \"outbox-relay housekeeper\" waits for in pg_stat_activity", chore, taken.Round(time.Second))}
+		return Trouble{Housekept, fmt.Sprintf("housekeeping (%s) has held the recorder up for %s: it goes on by itself; look what application \"outbox-relay housekeeper\" waits for in pg_stat_activity", chore, rough(taken))}
 	}
-	return Trouble{SlowRecord, fmt.Sprintf("Postgres has not answered the recorder for %s: look what application \"outbox-relay recorder\" waits for in pg_stat_activity", taken.Round(time.Second))}
+	return Trouble{SlowRecord, fmt.Sprintf("Postgres has not answered the recorder for %s: look what application \"outbox-relay recorder\" waits for in pg_stat_activity", rough(taken))}
+}
+
+// rough rounds a duration that goes on, so that what is said of it changes rarely.
+func rough(d time.Duration) time.Duration {
+	if d < time.Minute {
+		return d.Round(5 * time.Second)
+	}
+	return d.Round(time.Minute)
 }
 
 // interruption says why nothing is stored at present; empty: it is.
 func interruption(p *pipeline) string {
 	if since, why := p.chain.Interrupted(); why != nil {
-		return fmt.Sprintf("publishing to the stream is interrupted: %s (for %s)", why, time.Since(since).Round(time.Second))
+		return fmt.Sprintf("publishing to the stream is interrupted: %s (for %s)", why, rough(time.Since(since)))
 	}
 	return ""
 }
