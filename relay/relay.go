@@ -63,6 +63,7 @@ type Relay struct {
 
 	state      atomic.Value                // State
 	streamed   bool                        // a session has streamed: what surrounds the relay was right once
+	rehearsed  atomic.Bool                 // so it was when the relay stood by
 	recorded   atomic.Bool                 // an event's outcome was recorded: the role had the rights
 	client     atomic.Pointer[sink.Client] // nil: not connected to NATS yet
 	pipeline   atomic.Pointer[pipeline]    // nil: no session streams
@@ -181,7 +182,7 @@ func (r *Relay) fatal(err error) bool {
 	case err == nil, errors.Is(err, context.Canceled):
 		return false
 	case surroundings(err):
-		return !r.streamed
+		return !r.streamed && !r.rehearsed.Load()
 	case lacksRight(err):
 		return !r.recorded.Load()
 	}

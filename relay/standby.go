@@ -72,6 +72,7 @@ func (r *Relay) awaitRehearsal(ctx context.Context, pause time.Duration) {
 
 func (r *Relay) tellRehearsal(err error) {
 	if err == nil {
+		r.rehearsed.Store(true)
 		r.takeover.Store(&takeover{})
 		r.causes.standby.Over("could take over again")
 		return
