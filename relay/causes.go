@@ -26,5 +26,5 @@ type causes struct {
 func newCauses(log *slog.Logger) *causes {
 	cause := func() *repeat.Cause { return repeat.New(log) }
 	return &causes{session: cause(), standby: cause(), refused: cause(), stall: repeat.First(log), notice: cause(), open: cause(), ignored: cause(), foreign: cause(),
-		housework: cause(), retention: cause(), retries: cause(), partitions: cause()}
+		housework: repeat.First(log), retention: cause(), retries: cause(), partitions: cause()}
 }
