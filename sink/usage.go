@@ -30,6 +30,9 @@ func (c *Client) Usage(ctx context.Context, owner StreamConfig) (Usage, error) {
 		return Usage{}, err
 	}
 	faults := streamFaults(info.Config, owner)
+	if owner.Subjects == "" { // the caller does not ask for them
+		faults.Subjects = nil
+	}
 	return Usage{Last: info.State.LastSeq, Messages: info.State.Msgs, Bytes: info.State.Bytes,
 		Fault: cmp.Or(faults.Kind, faults.Subjects, full(info.Config, info.State))}, nil
 }
