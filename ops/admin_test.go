@@ -313,7 +313,7 @@ func TestStatusNames(t *testing.T) {
 	d.must(d.admin.Status(t.Context(), true))
 	var members map[string]any
 	d.must(json.Unmarshal([]byte(d.out.take()), &members))
-	want := []string{"after_publish", "at", "batch", "checkpoint", "failures", "leftovers", "problems", "rows", "slot", "stream", "table"}
+	want := []string{"after_publish", "at", "batch", "checkpoint", "failures", "leftovers", "problems", "relay", "rows", "slot", "stream", "table"}
 	var got []string
 	for name := range members {
 		got = append(got, name)
