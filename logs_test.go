@@ -22,6 +22,9 @@ var update = flag.Bool("update", false, "write the messages into docs/logs.md")
 // levels are the methods that log, by how bad what they tell is.
 var levels = []string{"Error", "Warn", "Info", "Debug"}
 
+// causes are the methods of a repeat.Cause, and the levels at which they log.
+var causes = map[string]string{"Fault": "Error", "Again": "Warn", "Mention": "Info", "Over": "Info", "Lapse": "Info"}
+
 // logLine is a call that logs.
 type logLine struct {
 	level, message string
@@ -78,10 +81,17 @@ func logLines(t *testing.T) []logLine {
 func readLog(t *testing.T, set *token.FileSet, call *ast.CallExpr) (line logLine, ok bool) {
 	t.Helper()
 	method, ok := call.Fun.(*ast.SelectorExpr)
-	if !ok || !slices.Contains(levels, method.Sel.Name) || !isLogger(method.X) {
+	if !ok {
 		return line, false
 	}
 	line = logLine{level: method.Sel.Name, where: set.Position(call.Pos()).String()}
+	repeated := causes[method.Sel.Name]
+	switch {
+	case repeated != "" && len(call.Args) > 0:
+		line.level = repeated
+	case !slices.Contains(levels, method.Sel.Name) || !isLogger(method.X):
+		return line, false
+	}
 	line.message, ok = text(call.Args[0])
 	if !ok || call.Ellipsis.IsValid() || len(call.Args)%2 == 0 {
 		t.Fatalf("%s: a message is a literal, and after it come pairs of a field and its value", line.where)
@@ -92,6 +102,9 @@ func readLog(t *testing.T, set *token.FileSet, call *ast.CallExpr) (line logLine
 			t.Fatalf("%s: a field's name is a literal", line.where)
 		}
 		line.fields = append(line.fields, field)
+	}
+	if repeated != "" {
+		line.fields = append(line.fields, "count", "duration")
 	}
 	return line, true
 }

@@ -89,8 +89,9 @@ var commands = map[string]func(args []string) (action, error){
 }
 
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, os.Interrupt)
-	defer stop()
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	defer signal.Stop(signals)
 	command, args := split(args)
 	switch command {
 	case "help":
@@ -119,7 +120,11 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "outbox-relay: the configuration has faults:\n%s\n", err)
 		return exitUsage
 	}
-	switch err := do(ctx, cfg, streams{stdin, stdout, stderr}); {
+	err = obey(signals, cfg.ShutdownGrace, func(ctx context.Context) error { return do(ctx, cfg, streams{stdin, stdout, stderr}) })
+	switch {
+	case errors.Is(err, errGrace) && command == "run":
+		logger(cfg.Log, stderr).Warn("stopped before all was done: the next start takes it up", "error", err)
+		return exitOK
 	case errors.Is(err, ops.ErrUsage):
 		fmt.Fprintf(stderr, "outbox-relay: %s\n", err)
 		return exitUsage
@@ -151,7 +156,7 @@ func split(args []string) (command string, rest []string) {
 func admin(cfg config.Config, std streams) ops.Admin {
 	relaying := relayConfig(cfg)
 	return ops.Admin{
-		Postgres: relaying.Postgres, Table: relaying.Table, Sink: relaying.Sink(replication.System{}),
+		Postgres: relaying.Postgres, Table: relaying.Table, Sink: relaying.Sink(replication.System{}), HTTP: cfg.HTTP.Addr,
 		In: std.in, Out: std.out, Err: std.err,
 	}
 }

@@ -118,7 +118,7 @@ func utters(function ast.Expr) bool {
 		if pkg, ok := function.X.(*ast.Ident); ok && (pkg.Name == "errors" && name == "New" || pkg.Name == "fmt" && name == "Errorf") {
 			return true
 		}
-		return slices.Contains([]string{"Warn", "Error", "anew", "miss", "publicationFault", "migrateFault"}, name)
+		return slices.Contains([]string{"Warn", "Error", "Again", "Fault", "anew", "miss", "publicationFault", "migrateFault"}, name)
 	}
 	return false
 }

@@ -26,6 +26,7 @@ type Admin struct {
 	Postgres func() (string, error) // the URL
 	Table    outbox.Table
 	Sink     sink.Config
+	HTTP     string // where the relay of this machine serves; empty: it does not
 	In       io.Reader
 	Out      io.Writer // results
 	Err      io.Writer // progress, and questions

@@ -47,7 +47,7 @@ func (e *examination) checkSlot(ctx context.Context, standing relay.Standing) {
 	e.slot = &details
 	e.ok("slot", "%s (%s), confirmed up to %s", t.Slot, details.Plugin, details.ConfirmedLSN)
 	e.checkSlotWAL()
-	e.checkReader()
+	e.checkReader(ctx)
 	e.checkFailover()
 }
 
@@ -73,7 +73,7 @@ func (e *examination) checkSlotWAL() {
 	}
 }
 
-func (e *examination) checkReader() {
+func (e *examination) checkReader(ctx context.Context) {
 	s := e.slot
 	if s.Active {
 		e.ok("slot_reader", "a relay reads from it (walsender %d), %s behind", s.PID, size(s.Lag))
@@ -83,8 +83,24 @@ func (e *examination) checkReader() {
 	if s.InactiveSince != nil {
 		found += " since " + s.InactiveSince.UTC().Format("2006-01-02 15:04:05") + " UTC"
 	}
-	e.warn("slot_reader", &fault.Error{What: fmt.Sprintf("%s: Postgres keeps ever more WAL for it, %s by now", found, size(s.Held)),
-		Remedy: "start a relay; if none is to come back, take the slot away:", Shell: "outbox-relay drop " + e.Config.Table.Slot})
+	f := &fault.Error{What: fmt.Sprintf("%s: Postgres keeps ever more WAL for it, %s by now", found, size(s.Held)), Remedy: "start a relay"}
+	if e.mayBeAbandoned(ctx) {
+		f.Remedy, f.Shell = "start a relay; if none is to come back, take the slot away:", "outbox-relay drop "+e.Config.Table.Slot
+	}
+	e.warn("slot_reader", f)
+}
+
+// mayBeAbandoned is that of the slot's relay.
+func (e *examination) mayBeAbandoned(ctx context.Context) bool {
+	written, left := abandonedAfter, abandonedAfter
+	vitals, err := e.Config.Table.Vitals(ctx, e.sql)
+	if err == nil && vitals.Checkpoint != nil {
+		written = vitals.At.Sub(*vitals.Checkpoint)
+	}
+	if err == nil && e.slot.InactiveSince != nil {
+		left = vitals.At.Sub(*e.slot.InactiveSince)
+	}
+	return mayBeAbandoned(written, left)
 }
 
 func (e *examination) checkFailover() {

@@ -9,12 +9,15 @@ import (
 
 // healthz says whether a restart is worth trying: no for a relay that gets on,
 // has nothing to do, or waits for what a restart does not mend, such as a stream
-// that can't be reached; yes for one that is stalled or has halted.
+// that can't be reached; yes for one that is stalled, unless it was restarted for that
+// in vain, or has halted.
 func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	at := s.Relay.Present()
 	switch {
-	case at.Stalled != "":
+	case at.Stalled != "" && at.Restart:
 		answer(w, false, "stalled: "+at.Stalled)
+	case at.Stalled != "":
+		answer(w, true, "ok, and no restart would help: stalled since the last one: "+at.Stalled)
 	case at.State == relay.Halted:
 		answer(w, false, described(at))
 	case at.Trouble != "":

@@ -84,7 +84,7 @@ func TestOutagesAreNoStall(t *testing.T) {
 	e.exec(t, insertOne)
 	s.await("/readyz", http.StatusServiceUnavailable, "publishing to the stream is interrupted")
 	s.tick(config)
-	s.require("/healthz", http.StatusOK, "ok, and no restart would help: streaming: publishing to the stream is interrupted")
+	s.await("/healthz", http.StatusOK, "ok, and no restart would help: streaming: publishing to the stream is interrupted: no answer from the stream")
 	nats.Stall(false)
 	s.await("/readyz", http.StatusOK, "streaming")
 	s.await("/healthz", http.StatusOK, "ok")

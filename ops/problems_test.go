@@ -3,6 +3,7 @@ package ops
 import (
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -21,7 +22,7 @@ func TestProblems(t *testing.T) {
 	if s := well(); len(s.problems()) != 0 {
 		t.Errorf("nothing is wrong, and it says %+v", s.problems())
 	}
-	text, many := "no answer", int64(12_000)
+	text, many, now := "no answer", int64(12_000), time.Now()
 	for _, c := range []struct {
 		name         string
 		change       func(*Status)
@@ -34,7 +35,14 @@ func TestProblems(t *testing.T) {
 		{"slot lost", func(s *Status) { s.Slot.WALStatus = "lost" }, "the slot is lost", "max_slot_wal_keep_size"},
 		{"slot about to be lost", func(s *Status) { s.Slot.WALStatus = "unreserved" }, "about to be lost", "max_slot_wal_keep_size"},
 		{"no checkpoint", func(s *Status) { s.Checkpoint = nil }, "has no checkpoint", "start the relay"},
-		{"no relay", func(s *Status) { s.Slot.Active, s.Slot.HeldBytes = false, 3<<30 }, "keeps 3.0 GiB of WAL", "outbox-relay drop slot"},
+		{"no relay", func(s *Status) { s.Slot.Active, s.Slot.HeldBytes = false, 3<<30 }, "keeps 3.0 GiB of WAL", "start one: `outbox-relay run`"},
+		{"no relay for long", func(s *Status) { s.Slot.Active, s.Checkpoint.AgeSeconds = false, 200_000 }, "no relay reads", "outbox-relay drop slot"},
+		{"publishing stands still", func(s *Status) {
+			s.Checkpoint.AgeSeconds = 300
+			s.Checkpoint.UpdatedAt, s.At = now.Add(-5*time.Minute), now
+			oldest := now.Add(-4 * time.Minute)
+			s.Rows.OldestPendingAt = &oldest
+		}, "rows have been pending for 4 min 0 s", "log of the relay"},
 		{"no NATS", func(s *Status) { s.Stream = StreamStatus{Name: "EVENTS", Error: &text} }, "could not be asked", "waits in the slot"},
 		{"another stream", func(s *Status) { s.Stream.Name = "OTHER" }, "belongs to stream EVENTS, not OTHER", "OUTBOX_STREAM"},
 		{"stream behind", func(s *Status) { s.Checkpoint.StreamSequence = 11 }, "ends before the checkpoint", "log"},
@@ -47,6 +55,9 @@ func TestProblems(t *testing.T) {
 		s := well()
 		c.change(&s)
 		found := s.problems()
+		if c.name == "no relay" && strings.Contains(found[0].Remedy, "drop") {
+			t.Errorf("it advises to drop a slot whose checkpoint is %v s old", s.Checkpoint.AgeSeconds)
+		}
 		if len(found) != 1 || !strings.Contains(found[0].What, c.what) || !strings.Contains(found[0].Remedy, c.remedy) {
 			t.Errorf("%s: %+v", c.name, found)
 		}

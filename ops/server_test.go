@@ -16,7 +16,9 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
+	"outbox-relay/migrations"
 	"outbox-relay/ops"
 	"outbox-relay/outbox"
 	"outbox-relay/relay"
@@ -70,7 +72,32 @@ type ends struct {
 
 func newEnds(t *testing.T) *ends {
 	t.Helper()
-	e := &ends{postgres: testenv.SeasonedDatabase(t, testenv.Postgres(t)), nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
+	return newEndsOn(t, testenv.Postgres(t))
+}
+
+func newEndsOn(t *testing.T, cluster *pgserver.Cluster) *ends {
+	t.Helper()
+	return newEndsIn(t, testenv.SeasonedDatabase(t, cluster))
+}
+
+// newPartitionedEnds has an outbox that is partitioned.
+func newPartitionedEnds(t *testing.T) *ends {
+	t.Helper()
+	url := testenv.InhabitedDatabase(t, testenv.Postgres(t))
+	config, err := pgx.ParseConfig(url)
+	if err == nil {
+		err = migrations.Up(t.Context(), config, migrations.Target{Schema: "public", Table: "events", Publication: "outbox_relay", Partitioned: true},
+			slog.New(slog.DiscardHandler))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return newEndsIn(t, url)
+}
+
+func newEndsIn(t *testing.T, url string) *ends {
+	t.Helper()
+	e := &ends{postgres: url, nats: testenv.NATS(t, testenv.NATSOptions{}).URL()}
 	config, err := pgx.ParseConfig(e.postgres)
 	if err != nil {
 		t.Fatal(err)

@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
 	"outbox-relay/sink"
 )
@@ -24,6 +26,7 @@ type Status struct {
 	At           time.Time          `json:"at"`
 	Table        string             `json:"table"`
 	AfterPublish string             `json:"after_publish"`
+	Relay        *RelayStatus       `json:"relay"`      // that of this machine, by OUTBOX_HTTP_ADDR; null: none answers for this slot
 	Slot         *SlotStatus        `json:"slot"`       // null: it does not exist
 	Checkpoint   *CheckpointStatus  `json:"checkpoint"` // null: there is none
 	Stream       StreamStatus       `json:"stream"`
@@ -32,6 +35,12 @@ type Status struct {
 	Leftovers    LeftoversStatus    `json:"leftovers"`
 	Batch        *BatchStatus       `json:"batch"`    // rows published from the table, at present or last; null: never any
 	Problems     []Problem          `json:"problems"` // none: all is well
+}
+
+// RelayStatus is what the relay that runs here says of itself.
+type RelayStatus struct {
+	State   string `json:"state"`
+	Trouble string `json:"trouble"` // what is in its way; empty: nothing
 }
 
 // SlotStatus is the replication slot.
@@ -46,6 +55,8 @@ type SlotStatus struct {
 	ConfirmedLSN string `json:"confirmed_flush_lsn"`
 	LagBytes     int64  `json:"lag_bytes"`  // WAL written since confirmed_flush_lsn, of whatever table
 	HeldBytes    int64  `json:"held_bytes"` // WAL that Postgres keeps for it, since restart_lsn
+	// InactiveSince is when a relay last read from it, from Postgres 17 on; null: not known.
+	InactiveSince *time.Time `json:"inactive_since"`
 }
 
 // CheckpointStatus is the relay's checkpoint.
@@ -70,6 +81,8 @@ type StreamStatus struct {
 	LastSequence *uint64 `json:"last_sequence"`
 	Messages     *uint64 `json:"messages"`
 	Bytes        *uint64 `json:"bytes"`
+	Fault        *string `json:"fault"` // why it can't take the relay's messages at present; null: it can
+	remedy       string
 }
 
 // RowsStatus counts rows by status at a cost that does not grow with the table:
@@ -117,6 +130,11 @@ type Problem struct {
 const (
 	listedFailures = 5
 	streamTimeout  = 5 * time.Second
+	relayTimeout   = 2 * time.Second // for the relay of this machine to answer
+	// abandonedAfter is how long nobody has to have read from a slot before it may be one
+	// that nobody needs.
+	abandonedAfter = 24 * time.Hour
+	standsAfter    = time.Minute // without an advance, with rows that wait
 )
 
 // Status prints how the relay stands, for people or as JSON. Whatever it finds:
@@ -144,11 +162,19 @@ func (a Admin) read(ctx context.Context) (Status, error) {
 			return err
 		}
 		s.take(a.Table.Slot, progress)
+		if s.Slot != nil && !s.Slot.Active {
+			details, err := a.Table.ReadSlotDetails(ctx, conn)
+			if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+				return err
+			}
+			s.Slot.InactiveSince = details.InactiveSince
+		}
 		return a.count(ctx, conn, &s)
 	})
 	if err != nil {
 		return s, err
 	}
+	s.Relay = a.askRelay(ctx)
 	s.Stream = a.readStream(ctx)
 	if ctx.Err() != nil {
 		return s, context.Cause(ctx)
@@ -235,7 +261,25 @@ func (a Admin) readStream(ctx context.Context) StreamStatus {
 		return s
 	}
 	s.LastSequence, s.Messages, s.Bytes = &usage.Last, &usage.Messages, &usage.Bytes
+	if usage.Fault != nil {
+		f := fault.Of(usage.Fault)
+		s.Fault, s.remedy = &f.What, f.Remedy
+	}
 	return s
+}
+
+// askRelay asks the relay that serves on OUTBOX_HTTP_ADDR how it is; nil: none does, or it
+// is another slot's.
+func (a Admin) askRelay(ctx context.Context) *RelayStatus {
+	ctx, cancel := context.WithTimeout(ctx, relayTimeout)
+	defer cancel()
+	const nothingOld = "/api/status?history=9000000000000000000&log=9000000000000000000"
+	body, code, err := get(ctx, a.HTTP, nothingOld)
+	var at pageStatus
+	if err != nil || code != http.StatusOK || json.Unmarshal(body, &at) != nil || at.Slot != a.Table.Slot || at.State == "" {
+		return nil
+	}
+	return &RelayStatus{State: at.State, Trouble: at.Trouble}
 }
 
 func (a Admin) usage(ctx context.Context) (sink.Usage, error) {
@@ -244,13 +288,14 @@ func (a Admin) usage(ctx context.Context) (sink.Usage, error) {
 		return sink.Usage{}, err
 	}
 	defer client.Close()
-	return client.Usage(ctx, a.Sink.Stream.Name)
+	return client.Usage(ctx, a.Sink.Stream)
 }
 
 // problems names what is wrong, the gravest first.
 func (s *Status) problems() []Problem {
 	found := []Problem{}
 	add := func(what, remedy string) { found = append(found, Problem{What: what, Remedy: remedy}) }
+	s.relayProblems(add)
 	streaming := s.Checkpoint != nil && s.Checkpoint.Phase == string(checkpoint.Streaming)
 	switch {
 	case s.Slot == nil && s.Checkpoint == nil:
@@ -270,11 +315,55 @@ func (s *Status) problems() []Problem {
 		add("the slot is about to be lost: Postgres may remove WAL that it needs", "let the relay catch up now; raise max_slot_wal_keep_size")
 	}
 	if s.Slot != nil && !s.Slot.Active {
-		add("no relay reads from the slot: Postgres keeps "+size(s.Slot.HeldBytes)+" of WAL for it, and ever more", "start one; if it is not to come back: `outbox-relay drop "+s.Slot.Name+"`")
+		add("no relay reads from the slot: Postgres keeps "+size(s.Slot.HeldBytes)+" of WAL for it, and ever more", s.startOne())
 	}
 	s.streamProblems(add)
 	s.rowProblems(add)
 	return found
+}
+
+// relayProblems are what the relay itself says, and what shows that it does not get on.
+func (s *Status) relayProblems(add func(what, remedy string)) {
+	if r := s.Relay; r != nil && r.Trouble != "" {
+		add("the relay of this machine is "+r.State+": "+r.Trouble, "its log has more; /readyz says when it is over")
+	}
+	if stands := s.stands(); stands > 0 {
+		add("rows have been pending for "+span(stands)+", and the checkpoint has not moved: the relay that holds the slot does not get on",
+			"see /readyz and the log of the relay that holds the slot")
+	}
+}
+
+// stands returns for how long rows wait that were inserted since the checkpoint last moved,
+// with a relay at work; 0: none do, or not for long. Older ones may be those that
+// OUTBOX_BACKFILL=false leaves alone, or that the application holds locked.
+func (s *Status) stands() time.Duration {
+	oldest, c := s.Rows.OldestPendingAt, s.Checkpoint
+	if s.Slot == nil || !s.Slot.Active || c == nil || oldest == nil || s.Leftovers.Waiting > 0 ||
+		s.At.Sub(c.UpdatedAt) < standsAfter || s.At.Sub(*oldest) < standsAfter || oldest.Before(c.UpdatedAt.Add(-standsAfter)) {
+		return 0
+	}
+	return s.At.Sub(*oldest)
+}
+
+// startOne is what to do about a slot that nobody reads from.
+func (s *Status) startOne() string {
+	var written, left time.Duration = abandonedAfter, abandonedAfter
+	if s.Checkpoint != nil {
+		written = time.Duration(s.Checkpoint.AgeSeconds * float64(time.Second))
+	}
+	if s.Slot.InactiveSince != nil {
+		left = s.At.Sub(*s.Slot.InactiveSince)
+	}
+	if mayBeAbandoned(written, left) {
+		return "start one; if it is not to come back: `outbox-relay drop " + s.Slot.Name + "`"
+	}
+	return "start one: `outbox-relay run`; the log of the one that ran says why it does not any more"
+}
+
+// mayBeAbandoned reports whether it is so long ago that a relay wrote its checkpoint, and
+// left the slot, that it may never come back. An idle relay writes no checkpoint.
+func mayBeAbandoned(written, left time.Duration) bool {
+	return min(written, left) >= abandonedAfter
 }
 
 func (s *Status) streamProblems(add func(what, remedy string)) {
@@ -285,6 +374,9 @@ func (s *Status) streamProblems(add func(what, remedy string)) {
 		add("the checkpoint belongs to stream "+c.Stream+", not "+s.Stream.Name, "correct OUTBOX_STREAM")
 	case c != nil && *s.Stream.LastSequence < uint64(c.StreamSequence):
 		add("the stream ends before the checkpoint: the broker has lost messages, or this is another stream", "see the relay's log: it goes back as far as it can, or says what is missing")
+	}
+	if s.Stream.Fault != nil {
+		add(*s.Stream.Fault, s.Stream.remedy)
 	}
 	if s.Checkpoint != nil && s.Checkpoint.ForeignSeen {
 		add("others have published on the relay's subjects", "deny it to them")

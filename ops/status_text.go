@@ -60,6 +60,9 @@ func wrap(text string, width int) []string {
 // text is the status for people.
 func (s *Status) text() string {
 	var r report
+	if s.Relay != nil {
+		r.line("relay", "%s, here", s.Relay.State)
+	}
 	s.slotText(&r)
 	s.lagText(&r)
 	s.checkpointText(&r)

@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"os"
 	"strings"
-	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel"
@@ -21,6 +20,7 @@ import (
 	semconv "go.opentelemetry.io/otel/semconv/v1.43.0"
 	"go.opentelemetry.io/otel/trace"
 
+	"outbox-relay/internal/repeat"
 	"outbox-relay/relay"
 )
 
@@ -43,7 +43,7 @@ func StartTracing(ctx context.Context, version, template string, log *slog.Logge
 	if wanted, err := tracingWanted(); err != nil || !wanted {
 		return nil, err
 	}
-	otel.SetErrorHandler(&exportErrors{log: log})
+	otel.SetErrorHandler(exportErrors{repeat.New(log)})
 	about, err := resource.New(ctx, resource.WithTelemetrySDK(),
 		resource.WithAttributes(semconv.ServiceName("outbox-relay"), semconv.ServiceVersion(version)), resource.WithFromEnv())
 	if err != nil {
@@ -137,20 +137,10 @@ func (t *Tracing) Stop() {
 	}
 }
 
-// exportErrors logs the SDK's errors, at most one a minute: a collector that is
-// away fails every batch.
-type exportErrors struct {
-	log  *slog.Logger
-	mu   sync.Mutex
-	last time.Time
-}
+// exportErrors logs the SDK's errors: a collector that is away fails every batch.
+type exportErrors struct{ cause *repeat.Cause }
 
-func (e *exportErrors) Handle(err error) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if time.Since(e.last) < time.Minute {
-		return
-	}
-	e.last = time.Now()
-	e.log.Warn("spans are not exported", "error", err, "remedy", "check OTEL_EXPORTER_OTLP_ENDPOINT and the collector")
+func (e exportErrors) Handle(err error) {
+	e.cause.Again("spans are not exported", "error", err, "remedy", "check OTEL_EXPORTER_OTLP_ENDPOINT and the collector")
+	e.cause.Lapse("spans are exported again")
 }

@@ -19,11 +19,11 @@ import (
 func (r *Relay) postgres() (*pgx.ConnConfig, error) {
 	url, err := r.config.Postgres()
 	if err != nil {
-		return nil, err
+		return nil, &configError{err}
 	}
 	config, err := pgx.ParseConfig(url)
 	if err != nil {
-		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+		return nil, &configError{fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)}
 	}
 	nameAttributes(config)
 	return config, nil

@@ -63,6 +63,30 @@ func passes(err error) bool {
 	return pgconn.SafeToRetry(err)
 }
 
+// surroundings reports whether the error is about what surrounds the relay, and not about
+// what it publishes: who may connect and do what, where the secrets are, whether
+// replication and JetStream are switched on. Nothing of it is lost or sent twice while
+// the relay waits until that is put right again. Fatal at the first start.
+func surroundings(err error) bool {
+	var refused *pgconn.ConnectError
+	var pgErr *pgconn.PgError
+	var config *configError
+	return distrust(err) || errors.As(err, &config) || errors.Is(err, errWALLevel) || sink.Barred(err) ||
+		errors.As(err, &refused) && errors.As(err, &pgErr) && !passesInPostgres(pgErr.Code) // no REPLICATION, no such database, one that is closed
+}
+
+// lacksRight reports whether the role lacks a right.
+func lacksRight(err error) bool {
+	var pgErr *pgconn.PgError
+	return errors.As(err, &pgErr) && pgErr.Code == "42501"
+}
+
+// configError says that a setting that is read again for each connection can't be used
+// now: the file of a secret is being replaced.
+type configError struct{ error }
+
+func (e *configError) Unwrap() error { return e.error }
+
 // passesInPostgres judges an SQLSTATE.
 // Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
 func passesInPostgres(code string) bool {
@@ -94,8 +118,7 @@ func passesInPostgres(code string) bool {
 
 // withGrants adds the remedy where Postgres says that the role lacks a right.
 func withGrants(err error) error {
-	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) && pgErr.Code == "42501" {
+	if lacksRight(err) {
 		return fmt.Errorf("%w: grant the role what deploy/postgres/roles.sql does", err)
 	}
 	return err

@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"outbox-relay/internal/repeat"
 	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 )
@@ -76,14 +77,13 @@ type housekeeper struct {
 
 	chores []*chore
 	conn   *pgx.Conn // nil: none
-	failed failures  // to connect
+	failed int       // attempts to connect, in a row
 
 	byTime  *bool  // retention: whether partitions go, not rows; nil: not known yet
 	after   string // id up to which this pass has looked
 	removed int    // rows, since that was last told
 	told    time.Time
-	notice  string // the last one
-	noticed bool   // there was one since partitions were last dropped
+	noticed bool // there was one since partitions were last dropped
 
 	place outbox.Failure       // retries: up to which this pass has looked
 	unfit map[string]time.Time // ids of failed rows that could not be sent, and when that was seen
@@ -94,7 +94,8 @@ type chore struct {
 	name   string
 	do     func(context.Context) (rest time.Duration, err error)
 	due    time.Time
-	failed failures
+	failed int // times in a row
+	cause  *repeat.Cause
 }
 
 // newHousekeeper returns the housekeeper of a session; nothing runs before run.
@@ -102,10 +103,10 @@ func newHousekeeper(s *session, limits limits, record sync.Locker) *housekeeper 
 	h := &housekeeper{relay: s.relay, config: s.relay.config.Housekeeping, table: s.table, layout: s.layout, limits: limits,
 		record: record, log: s.log, unfit: map[string]time.Time{}}
 	if h.config.Retention > 0 {
-		h.chores = append(h.chores, &chore{name: "retention", do: h.retain})
+		h.chores = append(h.chores, &chore{name: "retention", do: h.retain, cause: s.relay.causes.retention})
 	}
 	if h.config.Retries.Attempts > 0 {
-		h.chores = append(h.chores, &chore{name: "retries", do: h.retry})
+		h.chores = append(h.chores, &chore{name: "retries", do: h.retry, cause: s.relay.causes.retries})
 	}
 	return h
 }
@@ -136,35 +137,34 @@ func (h *housekeeper) attempt(ctx context.Context, c *chore) time.Duration {
 		return streamingPause
 	}
 	if err := h.connect(ctx); err != nil {
-		return h.fail(ctx, &h.failed, c, err)
+		return h.fail(ctx, &h.failed, h.relay.causes.housework, c, err)
 	}
-	h.failed = failures{}
+	h.succeed(&h.failed, h.relay.causes.housework, c)
+	h.relay.housework.begin(c.name)
 	rest, err := c.do(ctx)
+	h.relay.housework.end()
 	if err != nil {
-		return h.fail(ctx, &c.failed, c, err)
+		return h.fail(ctx, &c.failed, c.cause, c, err)
 	}
-	c.failed = failures{}
+	h.succeed(&c.failed, c.cause, c)
 	return rest
 }
 
-// failures are those in a row.
-type failures struct {
-	number int
-	last   string
+func (h *housekeeper) succeed(failed *int, cause *repeat.Cause, c *chore) {
+	*failed = 0
+	cause.Over("housekeeping goes on", "chore", c.name)
 }
 
-// fail says, once for each new reason, what went wrong, and returns how long to
-// wait.
-func (h *housekeeper) fail(ctx context.Context, f *failures, c *chore, err error) time.Duration {
+// fail says what went wrong, and returns how long to wait.
+func (h *housekeeper) fail(ctx context.Context, failed *int, cause *repeat.Cause, c *chore, err error) time.Duration {
 	if h.conn != nil && h.conn.IsClosed() {
 		h.disconnect()
 	}
-	if err = withGrants(err); ctx.Err() == nil && err.Error() != f.last {
-		f.last = err.Error()
-		h.log.Warn("housekeeping waits: publishing goes on", "chore", c.name, "error", err)
+	if ctx.Err() == nil {
+		cause.Again("housekeeping waits: publishing goes on", "chore", c.name, "error", withGrants(err))
 	}
-	f.number++
-	return min(time.Minute, time.Second<<min(f.number-1, 6))
+	*failed++
+	return min(time.Minute, time.Second<<min(*failed-1, 6))
 }
 
 // connect opens the connection unless it stands. Statements that have to wait
@@ -180,10 +180,8 @@ func (h *housekeeper) connect(ctx context.Context) error {
 	config.RuntimeParams["lock_timeout"] = "1s"
 	config.OnNotice = func(_ *pgconn.PgConn, notice *pgconn.Notice) {
 		h.noticed = true
-		if notice.Message != h.notice { // what is in use for long is told once
-			h.notice = notice.Message
-			h.log.Info("Postgres has a word about housekeeping", "notice", notice.Message)
-		}
+		h.relay.causes.partitions.Mention("Postgres has a word about housekeeping", "notice", notice.Message)
+		h.relay.causes.partitions.Lapse("Postgres has no more to say about housekeeping")
 	}
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {

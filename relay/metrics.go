@@ -109,6 +109,20 @@ func (m *Metrics) observe(r *Relay) {
 			ConstLabels: prometheus.Labels{"state": string(state)},
 		}, func() float64 { return indicator(r.State() == state) }))
 	}
+	for _, reason := range Reasons {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+			Namespace: namespace, Name: "trouble", Help: "1 for what is in the relay's way; all are 0 where nothing is known to be.",
+			ConstLabels: prometheus.Labels{"reason": string(reason)},
+		}, func() float64 { return indicator(r.Trouble().Reason == reason) }))
+	}
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: namespace, Name: "stalled", Help: "1 while the pipeline is stalled.",
+	}, func() float64 { return indicator(r.Stalled() != "") }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Namespace: namespace, Name: "record_seconds", Help: "How long the recorder has waited for Postgres by now, or for the housekeeping; 0: it does not wait.",
+	}, func() float64 {
+		_, taken := r.recording.taken()
+		return taken.Seconds()
+	}))
 	table := r.config.Table
 	m.registry.MustRegister(&r.vitals,
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{

@@ -86,6 +86,7 @@ func (s *session) createSlot(ctx context.Context) error {
 	created, err := s.conn.CreateSlot(ctx, s.table.Slot, version >= 170000)
 	stop()
 	teller.Wait()
+	s.relay.causes.open.Over("no transaction holds the slot up any more")
 	if err != nil {
 		return err
 	}
@@ -139,10 +140,10 @@ func (s *session) tellWaiting(ctx context.Context) {
 		case err != nil:
 			continue // none, or the connection is broken, which its next user finds
 		case gid != "":
-			s.log.Warn("the slot still waits for a prepared transaction", "slot", s.table.Slot, "gid", gid, "database", database, "since", since,
+			s.relay.causes.open.Again("the slot still waits for a prepared transaction", "slot", s.table.Slot, "gid", gid, "database", database, "since", since,
 				"remedy", fmt.Sprintf("in that database, COMMIT PREPARED %s or ROLLBACK PREPARED %[1]s", gid))
 		default:
-			s.log.Warn("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since,
+			s.relay.causes.open.Again("the slot still waits for an open transaction", "slot", s.table.Slot, "pid", pid, "since", since,
 				"remedy", fmt.Sprintf("end it, or SELECT pg_terminate_backend(%d)", pid))
 		}
 	}

@@ -120,20 +120,3 @@ func TestRetryDelay(t *testing.T) {
 		t.Errorf("backs off from %s to %s", sink.Backoff(0), sink.Backoff(1000))
 	}
 }
-
-func TestCalmer(t *testing.T) {
-	var c calmer
-	a, b := errors.New("a"), errors.New("b")
-	for i, step := range []struct {
-		err  error
-		want bool
-	}{{a, true}, {a, false}, {b, true}, {b, false}, {a, true}} {
-		if got := c.news(step.err); got != step.want {
-			t.Errorf("step %d: news %v", i, got)
-		}
-	}
-	c.when = time.Now().Add(-2 * time.Minute)
-	if !c.news(a) {
-		t.Error("silent for ever")
-	}
-}

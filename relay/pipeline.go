@@ -39,7 +39,6 @@ type pipeline struct {
 	judged      int                   // how many of these have passed
 	parked      uint64                // index of the last event parked by the reader
 	barrier     bool                  // it may not be recorded yet: nothing is sent until it is
-	calm        calmer                // about notices
 
 	halted atomic.Pointer[HaltError] // why the relay stops before an event: the reader or the chain finds it
 }
@@ -127,9 +126,8 @@ func (p *pipeline) cover(lsn pglogrepl.LSN) {
 
 // Notice implements replication.Handler.
 func (p *pipeline) Notice(text string) {
-	if p.calm.news(errors.New(text)) {
-		p.log.Warn("Postgres has a word about the slot", "slot", p.table.Slot, "notice", text)
-	}
+	p.relay.causes.notice.Again("Postgres has a word about the slot", "slot", p.table.Slot, "notice", text)
+	p.relay.causes.notice.Lapse("Postgres has no more to say about the slot")
 }
 
 // Idle implements replication.Handler: nothing published waits longer than the
@@ -149,7 +147,8 @@ func (p *pipeline) event(e *outbox.Event) error {
 	}
 	if !pending(e) {
 		p.relay.metrics.ignored.Inc()
-		p.log.Warn("ignored an insert whose status is not pending", "id", string(e.ID), "status", string(e.Status), "position", e.Position.String())
+		p.relay.causes.ignored.Again("ignored an insert whose status is not pending", "id", string(e.ID), "status", string(e.Status), "position", e.Position.String())
+		p.relay.causes.ignored.Lapse("no more inserts are ignored")
 		return nil
 	}
 	index, err := p.tracker.Add(p.ctx, e.Position, e.XID, e.ID)
@@ -327,8 +326,9 @@ func (p *pipeline) Rejected(ctx context.Context, index uint64, e *outbox.Event, 
 // Foreign implements sink.Outcomes.
 func (p *pipeline) Foreign(ctx context.Context, messages int) error {
 	p.relay.metrics.foreign.Add(float64(messages))
-	p.log.Warn("the stream has messages that are not this relay's", "messages", messages,
+	p.relay.causes.foreign.Again("the stream has messages that are not this relay's", "messages", messages,
 		"remedy", "deny others to publish on the relay's subjects")
+	p.relay.causes.foreign.Lapse("no more messages in the stream are others'")
 	return p.recorder.do(ctx, func(ctx context.Context) error { return p.store.NoteForeign(ctx) })
 }
 

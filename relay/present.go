@@ -15,6 +15,7 @@ type Present struct {
 	State   State
 	Trouble string // see Relay.Trouble
 	Stalled string // see Relay.Stalled
+	Restart bool   // where it is stalled: a restart is worth trying
 
 	Published, Bytes       float64   // events, and their bytes, that the stream acknowledged
 	Parked, Recorded       float64   // events
@@ -38,7 +39,7 @@ const Unrecordable = unrecordedBound
 func (r *Relay) Present() Present {
 	m := r.metrics
 	s := Present{
-		At: time.Now(), State: r.State(), Trouble: r.Trouble(), Stalled: r.Stalled(),
+		At: time.Now(), State: r.State(), Trouble: r.Trouble().Why, Stalled: r.Stalled(), Restart: r.restartHelps(),
 		Published: total(m.types.published), Bytes: total(m.types.bytes), Parked: total(m.types.parked), Recorded: total(m.recorded),
 		BackfillLeft: total(m.backlogLeft),
 	}

@@ -45,7 +45,6 @@ type recorder struct {
 	lastWrite time.Time
 	pending   []confirmation
 	leftovers leftovers
-	calm      calmer
 
 	inflight func() (events, bytes int) // of the chain
 
@@ -134,11 +133,18 @@ func (r *recorder) rest(ctx context.Context, full bool) error {
 
 // serve does what was asked for.
 func (r *recorder) serve(ctx context.Context, req request) {
+	req.done <- r.use(func() error { return req.do(ctx) })
+}
+
+// use lends the connection to do, and has it known how long that takes.
+func (r *recorder) use(do func() error) error {
+	r.relay.recording.begin("recording")
+	defer r.relay.recording.end()
 	r.working.Lock()
-	err := req.do(ctx)
-	r.working.Unlock()
+	defer r.working.Unlock()
+	err := do()
 	r.rounds.Add(1)
-	req.done <- err
+	return err
 }
 
 // hurry asks for a round at once. Safe for concurrent use.
@@ -194,13 +200,14 @@ func (r *recorder) visible(ctx context.Context, xid uint32, f func(context.Conte
 // attempt makes a round, and retries what can pass while the connection holds:
 // a Postgres that refuses writes for a while holds back only the LSN.
 func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
-	r.working.Lock()
-	full, err = r.round(ctx)
-	r.working.Unlock()
-	r.rounds.Add(1)
+	err = r.use(func() (err error) {
+		full, err = r.round(ctx)
+		return err
+	})
 	switch {
 	case err == nil:
 		r.relay.refused.Store(false)
+		r.relay.causes.refused.Over("Postgres records outcomes again")
 		return full, nil
 	case ctx.Err() != nil:
 		return false, context.Cause(ctx)
@@ -208,9 +215,7 @@ func (r *recorder) attempt(ctx context.Context) (full bool, err error) {
 		return false, r.explainSchema(ctx, err)
 	}
 	r.relay.refused.Store(true)
-	if r.calm.news(err) {
-		r.log.Warn("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
-	}
+	r.relay.causes.refused.Again("Postgres refuses to record outcomes: publishing goes on, and the slot waits", "error", err)
 	return false, wait.For(ctx, checkEvery)
 }
 
@@ -365,6 +370,9 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
 	r.lastWrite, r.ownEnd = time.Now(), 0
 	r.tell(recorded, len(items))
+	if len(b.Items) > 0 {
+		r.relay.recorded.Store(true)
+	}
 	return nil
 }
 

@@ -9,9 +9,11 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"sync"
 	"sync/atomic"
 	"time"
 
+	"outbox-relay/internal/repeat"
 	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
 	"outbox-relay/replication"
@@ -32,6 +34,7 @@ type Config struct {
 	Housekeeping Housekeeping
 	Tracer       Tracer                           // nil: none
 	Bar          func(what string, total int) Bar // where somebody sits at a terminal; nil: the log tells
+	CheckEvery   time.Duration                    // between two looks of a standby whether it could take over; 0: a minute
 	StallAfter   time.Duration                    // without a move, for no known reason, before Relay.Stalled says so; 0: a minute
 }
 
@@ -54,25 +57,37 @@ const (
 // Relay publishes the events of one outbox.
 type Relay struct {
 	config  Config
-	log     *slog.Logger
+	log     *slog.Logger // says nothing of how well a session begins while they end again and again
 	metrics *Metrics
+	causes  *causes
 
 	state      atomic.Value                // State
-	streamed   bool                        // a session has streamed: what is wrong now was right before
+	streamed   bool                        // a session has streamed: what surrounds the relay was right once
+	rehearsed  atomic.Bool                 // so it was when the relay stood by
+	recorded   atomic.Bool                 // an event's outcome was recorded: the role had the rights
 	client     atomic.Pointer[sink.Client] // nil: not connected to NATS yet
 	pipeline   atomic.Pointer[pipeline]    // nil: no session streams
 	waiting    atomic.Pointer[string]      // why a session ended and another is to begin; nil: one runs
 	refused    atomic.Bool                 // Postgres refuses to record outcomes
 	invisible  atomic.Bool                 // for long now, events wait for their transaction to be visible
+	full       atomic.Pointer[string]      // why as many events as may be are not recorded, and go slowly; nil: they are not
+	starting   work                        // how the present session begins
+	recording  work                        // what the recorder waits for
+	housework  work                        // the housekeeper's step
+	unclean    atomic.Bool                 // the relay before this process has not ended in order
 	stalled    atomic.Pointer[string]      // why the pipeline is; nil: it is not
 	unreadable atomic.Pointer[unreadable]  // a slot from which nothing more can be read
 	vitals     vitals                      // of the slot
+	stands     chan struct{}               // receives when the relay begins to stand by
+	takeover   atomic.Pointer[takeover]    // whether it could take over then
 }
 
 // New returns a relay; nothing runs before Run.
 func New(config Config, log *slog.Logger, metrics *Metrics) *Relay {
 	config.StallAfter = cmp.Or(config.StallAfter, time.Minute)
-	r := &Relay{config: config, log: log, metrics: metrics}
+	config.CheckEvery = cmp.Or(config.CheckEvery, time.Minute)
+	r := &Relay{config: config, metrics: metrics, causes: newCauses(log), stands: make(chan struct{}, 1)}
+	r.log = slog.New(repeat.Quiet(log.Handler(), r.causes.session))
 	r.state.Store(Starting)
 	metrics.observe(r)
 	return r
@@ -89,27 +104,6 @@ func (r *Relay) reconnects() float64 {
 	return 0
 }
 
-// Trouble says why the relay gets nowhere at present, as far as is known: what
-// it waits for, or why it has halted. Empty: it gets on, or there is nothing to
-// get on with. Safe for concurrent use.
-func (r *Relay) Trouble() string {
-	p := r.pipeline.Load()
-	switch state := r.State(); {
-	case state == Starting || state == Halted:
-		if why := r.waiting.Load(); why != nil {
-			return *why
-		}
-	case state != Streaming && state != Backfilling || p == nil:
-	case p.chain.Interrupted():
-		return "publishing to the stream is interrupted"
-	case r.refused.Load():
-		return "Postgres refuses to record outcomes"
-	case r.invisible.Load():
-		return "a transaction with events is committed and can't be seen yet: is a synchronous standby missing?"
-	}
-	return ""
-}
-
 // Run relays until ctx ends, which is a clean stop (nil): what was read is
 // published, recorded and confirmed within the grace. It waits for whatever can
 // pass, and returns an error for what can't.
@@ -119,17 +113,19 @@ func (r *Relay) Run(ctx context.Context) error {
 			client.Close()
 		}
 	}()
-	var calm calmer
+	defer context.AfterFunc(ctx, r.causes.session.Forget)() // how it stops is told
+	rehearsing, stop := context.WithCancel(ctx)
+	var rehearsals sync.WaitGroup
+	rehearsals.Go(func() { r.rehearse(rehearsing) })
+	defer rehearsals.Wait()
+	defer stop()
 	for attempt := 0; ; attempt++ {
 		began := time.Now()
-		err := r.session(ctx)
+		err := withGrants(r.session(ctx))
 		switch {
-		case ctx.Err() != nil && !isFatal(err):
-			return nil
-		case err == nil:
+		case err == nil, ctx.Err() != nil && !r.fatal(err):
 			return nil
 		case r.fatal(err):
-			err = withGrants(err)
 			r.because(err)
 			r.state.Store(Halted)
 			return err
@@ -141,24 +137,22 @@ func (r *Relay) Run(ctx context.Context) error {
 		if errors.Is(err, errSlotFree) {
 			continue
 		}
-		r.enter(err, &calm)
+		r.enter(err)
 		if wait.For(ctx, retryDelay(err, attempt)) != nil {
 			return nil
 		}
 	}
 }
 
-// enter says, once for each new reason, why the relay waits.
-func (r *Relay) enter(err error, calm *calmer) {
+// enter says why the relay waits.
+func (r *Relay) enter(err error) {
 	if errors.Is(err, replication.ErrSlotInUse) {
 		r.standBy()
 		return
 	}
 	r.because(err)
 	r.state.Store(Starting)
-	if calm.news(err) {
-		r.log.Warn("waiting to start again", "error", err)
-	}
+	r.causes.session.Again("waiting to start again", "error", err)
 }
 
 // because keeps why no session runs.
@@ -169,34 +163,30 @@ func (r *Relay) because(err error) {
 
 // standBy says, once, that another relay has the slot.
 func (r *Relay) standBy() {
-	if r.state.Swap(Standby) != Standby {
+	if r.State() != Standby {
+		r.takeover.Store(nil)
+		r.state.Store(Standby)
+		select {
+		case r.stands <- struct{}{}:
+		default:
+		}
 		r.log.Info("standing by: another relay has the slot", "slot", r.config.Table.Slot)
+		r.causes.session.Over("no session is needed: another relay has the slot")
 	}
 }
 
-// calmer keeps an error that comes again and again from being logged each time.
-type calmer struct {
-	last string
-	when time.Time
-}
-
-func (c *calmer) news(err error) bool {
-	if text := err.Error(); text != c.last || time.Since(c.when) > time.Minute {
-		c.last, c.when = text, time.Now()
-		return true
-	}
-	return false
-}
-
+// fatal reports whether the error ends the relay: what no waiting mends, and what is
+// wrong with its surroundings at the first start, when it is a mistake.
 func (r *Relay) fatal(err error) bool {
-	if distrust(err) {
-		return !r.streamed
+	switch {
+	case err == nil, errors.Is(err, context.Canceled):
+		return false
+	case surroundings(err):
+		return !r.streamed && !r.rehearsed.Load()
+	case lacksRight(err):
+		return !r.recorded.Load()
 	}
-	return isFatal(err)
-}
-
-func isFatal(err error) bool {
-	return err != nil && !passes(err) && !distrust(err) && !errors.Is(err, context.Canceled)
+	return !passes(err)
 }
 
 // retryDelay is the pause before the next session. A slot that is in use is

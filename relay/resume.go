@@ -30,6 +30,9 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		return from, err
 	}
 	cp := &from.checkpoint
+	if !s.relay.streamed {
+		s.relay.unclean.Store(cp.Bound > 0)
+	}
 	if cp.Phase == checkpoint.Creating { // nothing was read from the slot yet
 		cp.Position = checkpoint.Position{Commit: from.reader.Confirmed()}
 		cp.Confirmed = from.reader.Confirmed()
@@ -184,7 +187,8 @@ func (s *session) tellStrangers(found sink.Found, fromTable bool) bool {
 	}
 	if s.left == 0 {
 		s.relay.metrics.foreign.Add(float64(n))
-		s.log.Warn("the stream has messages that are not this relay's", "messages", n, "remedy", "deny others to publish on the relay's subjects")
+		s.relay.causes.foreign.Again("the stream has messages that are not this relay's", "messages", n, "remedy", "deny others to publish on the relay's subjects")
+		s.relay.causes.foreign.Lapse("no more messages in the stream are others'")
 		return true
 	}
 	s.relay.metrics.phantoms.Add(float64(n))

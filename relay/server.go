@@ -21,6 +21,9 @@ type Server struct {
 // errRecovery says that the server is a standby.
 var errRecovery = errors.New("the server is in recovery")
 
+// errWALLevel says that the server does not decode.
+var errWALLevel = errors.New("wal_level is not logical")
+
 const oldestPostgres = 15
 
 func readServer(ctx context.Context, sql *pgx.Conn) (s Server, err error) {
@@ -57,5 +60,5 @@ func (s Server) CheckWALLevel() error {
 	}
 	const sql = "ALTER SYSTEM SET wal_level = 'logical'"
 	return &fault.Error{What: fmt.Sprintf("wal_level is %q: the relay reads from logical decoding", s.WALLevel),
-		Remedy: sql + ", then restart Postgres", SQL: sql}
+		Remedy: sql + ", then restart Postgres", SQL: sql, Cause: errWALLevel}
 }

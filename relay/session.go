@@ -48,12 +48,16 @@ type session struct {
 func (r *Relay) session(ctx context.Context) error {
 	s := &session{relay: r, table: r.config.Table, log: r.log}
 	defer s.close()
+	defer r.starting.end()
+	r.starting.begin("connecting to both ends")
 	if err := s.connect(ctx); err != nil {
 		return err
 	}
+	r.starting.begin("opening the slot")
 	if err := s.openSlot(ctx); err != nil {
 		return err
 	}
+	r.starting.begin("taking up what the checkpoint says")
 	start, err := s.resume(ctx)
 	if err != nil {
 		return err
@@ -84,12 +88,7 @@ func (s *session) connect(ctx context.Context) error {
 	if err := s.connectSQL(ctx); err != nil {
 		return err
 	}
-	var err error
-	if s.layout, err = s.table.Inspect(ctx, s.sql); err != nil {
-		return err
-	}
-	s.table = s.table.As(s.layout)
-	if err := s.table.CheckPublication(ctx, s.sql); err != nil {
+	if err := s.checkTable(ctx); err != nil {
 		return err
 	}
 	if err := s.awaitSlot(ctx); err != nil {
@@ -110,6 +109,15 @@ func (s *session) connect(ctx context.Context) error {
 		return err
 	}
 	return s.connectStream(ctx)
+}
+
+// checkTable refuses a table or a publication that events can't come from.
+func (s *session) checkTable(ctx context.Context) (err error) {
+	if s.layout, err = s.table.Inspect(ctx, s.sql); err != nil {
+		return err
+	}
+	s.table = s.table.As(s.layout)
+	return s.table.CheckPublication(ctx, s.sql)
 }
 
 // checkSlot refuses a slot that no relay of this database can use, before a
@@ -347,6 +355,8 @@ func (s *session) run(ctx context.Context, from origin) error {
 
 	s.relay.streamed = true
 	s.relay.waiting.Store(nil)
+	s.relay.starting.end()
+	s.relay.causes.session.Over("a session runs again")
 	if p.due {
 		s.relay.state.Store(Backfilling)
 		from.reader.Ask() // so that there is something to take at once
@@ -369,10 +379,11 @@ func (s *session) run(ctx context.Context, from origin) error {
 	return s.explainStream(cmp.Or(failed, ended(err)))
 }
 
-// drain brings what was read to its end, within the grace.
+// drain brings what was read to its end, within three quarters of the grace: the rest is
+// for the connections and the HTTP server to end.
 func (s *session) drain(work context.Context, p *pipeline, recorder *recorder, reader *replication.Session) error {
-	ctx, cancel := context.WithTimeoutCause(work, s.relay.config.Grace,
-		fmt.Errorf("OUTBOX_SHUTDOWN_GRACE of %s is over", s.relay.config.Grace))
+	ctx, cancel := context.WithTimeoutCause(work, s.relay.config.Grace/4*3,
+		fmt.Errorf("three quarters of OUTBOX_SHUTDOWN_GRACE (%s) are over", s.relay.config.Grace))
 	defer cancel()
 	events, _ := p.chain.InFlight()
 	s.log.Info("stopping", "events", events)

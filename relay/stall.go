@@ -13,6 +13,9 @@ import (
 // where a synchronous standby is missing.
 const waitingAfter = 10 * time.Second
 
+// fullAfter is how long the pace is taken at which a full bound is recorded.
+const fullAfter = 10 * time.Second
+
 // Stalled says why the relay is stalled and what to do about it; empty: it is
 // not. Safe for concurrent use.
 //
@@ -30,12 +33,19 @@ func (r *Relay) Stalled() string {
 	return ""
 }
 
+// restartHelps reports whether a restart of a stalled relay is worth trying: not where it
+// has been tried. Then the relay before this process did not end in order, as its
+// checkpoint says, and this process has not recorded one event since.
+func (r *Relay) restartHelps() bool { return !r.unclean.Load() || r.recorded.Load() }
+
 // watch looks after a pipeline that could be stuck without an error.
 type watch struct {
 	limit time.Duration
 
 	last     sample
 	moved    time.Time // when events last did
+	full     time.Time // since when as many events as may be are not recorded; zero: they are fewer
+	recorded uint64    // events, then
 	answered time.Time // when the recorder last had an answer
 }
 
@@ -54,7 +64,7 @@ type sample struct {
 func (p *pipeline) sample() sample {
 	s := sample{settled: p.chain.Settled(), rounds: p.recorder.rounds.Load()}
 	s.read, s.recorded = p.tracker.Progress()
-	s.waits = p.chain.Interrupted() || p.relay.refused.Load() || p.recorder.waits()
+	s.waits = interruption(p) != "" || p.relay.refused.Load() || p.recorder.waits()
 	return s
 }
 
@@ -62,10 +72,12 @@ func (p *pipeline) sample() sample {
 func (p *pipeline) watch(ctx context.Context) error {
 	defer p.relay.stalled.Store(nil)
 	defer p.relay.invisible.Store(false)
+	defer p.relay.full.Store(nil)
 	w := newWatch(p.relay.config.StallAfter, time.Now())
 	for {
-		now := time.Now()
-		p.tellStall(w.look(now, p.sample()))
+		now, sample := time.Now(), p.sample()
+		p.tellStall(w.look(now, sample))
+		p.relay.full.Store(w.fill(now, sample))
 		p.relay.invisible.Store(p.recorder.waits() && now.Sub(w.moved) > waitingAfter)
 		if err := wait.For(ctx, min(checkEvery, w.limit/4)); err != nil {
 			return err
@@ -94,18 +106,35 @@ func (w *watch) look(now time.Time, s sample) string {
 	return ""
 }
 
+// fill takes the next sample, and says why events that are not recorded are in the way;
+// nil: they are not. A flood fills the bound as well, and is no trouble while what
+// fills it is recorded within a minute.
+func (w *watch) fill(now time.Time, s sample) *string {
+	if s.read-s.recorded < unrecordedBound {
+		w.full = time.Time{}
+		return nil
+	}
+	if w.full.IsZero() {
+		w.full, w.recorded = now, s.recorded
+	}
+	lasted := now.Sub(w.full)
+	if pace := float64(s.recorded-w.recorded) / lasted.Seconds(); lasted < fullAfter || pace*time.Minute.Seconds() >= unrecordedBound {
+		return nil
+	}
+	why := fmt.Sprintf("%d events are read and not recorded, as many as may be, for %s: nothing more is read than Postgres records", unrecordedBound, rough(lasted))
+	return &why
+}
+
 // tellStall makes the judgement known, and logs a change.
 func (p *pipeline) tellStall(why string) {
 	before := p.relay.Stalled()
 	if why == "" {
 		p.relay.stalled.Store(nil)
 		if before != "" {
-			p.log.Info("goes on after a stall")
+			p.relay.causes.stall.Over("goes on after a stall")
 		}
 		return
 	}
 	p.relay.stalled.Store(&why)
-	if before == "" {
-		p.log.Error("stalled", "reason", why)
-	}
+	p.relay.causes.stall.Fault("stalled", "reason", why)
 }

@@ -229,6 +229,8 @@ func (ch *Chain) begin(err error) {
 	ch.broken = nil
 	if err != nil {
 		ch.breakWith(Disconnected, fmt.Errorf("subscribe to acks: %w", err))
+	} else {
+		ch.client.publishes() // a chain before may have ended while it was interrupted
 	}
 	ch.changed.Broadcast()
 }
@@ -358,11 +360,14 @@ func (ch *Chain) Fits(e *outbox.Event) error {
 	return newBuilder(ch.message).build(e, limit)
 }
 
-// Interrupted reports whether events wait that can't be stored at present.
-func (ch *Chain) Interrupted() bool {
+// Interrupted returns since when nothing can be stored, and why; nil: it can.
+func (ch *Chain) Interrupted() (since time.Time, why error) {
 	ch.mu.Lock()
 	defer ch.mu.Unlock()
-	return !ch.outage.began.IsZero()
+	if ch.outage.began.IsZero() {
+		return time.Time{}, nil
+	}
+	return ch.outage.began, ch.client.explain(ch.outage.why)
 }
 
 // room waits until an event of that size fits into the window. One event always

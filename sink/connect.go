@@ -21,6 +21,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/repeat"
 	"outbox-relay/internal/wait"
 )
 
@@ -57,6 +58,11 @@ type Client struct {
 	chain      atomic.Pointer[Chain] // the one that runs
 	reconnects atomic.Uint64
 	denied     atomic.Pointer[string] // the last permissions violation
+
+	away       *repeat.Cause // no connection
+	reported   *repeat.Cause // what the client library reports by the way
+	permission *repeat.Cause // NATS denies one
+	publishing *repeat.Cause // the chains are interrupted
 }
 
 // Connect connects, waiting and retrying until ctx ends. A server that refuses
@@ -64,7 +70,8 @@ type Client struct {
 func Connect(ctx context.Context, config Config, log *slog.Logger) (*Client, error) {
 	life, end := context.WithCancel(context.WithoutCancel(ctx)) // ends with ctx now, and with Close later
 	defer context.AfterFunc(ctx, end)()
-	c := &Client{config: config, log: log, wire: newWire(life, config.Servers, config.TLS), end: end}
+	c := &Client{config: config, log: log, wire: newWire(life, config.Servers, config.TLS), end: end,
+		away: repeat.New(log), reported: repeat.New(log), permission: repeat.New(log), publishing: repeat.First(log)}
 	var err error
 	if c.auth, err = config.Auth.options(); err != nil {
 		end()
@@ -110,7 +117,7 @@ func (c *Client) options() []nats.Option {
 			if err == nil {
 				return // it was closed
 			}
-			c.log.Warn("connection to NATS lost", "error", err)
+			c.away.Again("connection to NATS lost", "error", err)
 			if chain := c.chain.Load(); chain != nil {
 				chain.fail(fmt.Errorf("connection to NATS lost: %w", err))
 			}
@@ -118,7 +125,8 @@ func (c *Client) options() []nats.Option {
 		nats.ReconnectHandler(func(nc *nats.Conn) {
 			c.wire.connected()
 			c.reconnects.Add(1)
-			c.log.Info("connected to NATS again", "server", nc.ConnectedUrlRedacted())
+			c.reported.Forget()
+			c.away.Over("connected to NATS again", "server", nc.ConnectedUrlRedacted())
 			if chain := c.chain.Load(); chain != nil {
 				chain.reconnected()
 			}
@@ -148,23 +156,22 @@ func (c *Client) reconnectDelay(int) time.Duration {
 func (c *Client) asyncError(_ *nats.Conn, _ *nats.Subscription, err error) {
 	if errors.Is(err, nats.ErrPermissionViolation) {
 		text := err.Error()
-		if old := c.denied.Swap(&text); old != nil && *old == text {
-			return
-		}
-		c.log.Error("NATS denies a permission", "error", err,
+		c.denied.Store(&text)
+		c.permission.Fault("NATS denies a permission", "error", err,
 			"remedy", "grant it to the relay's user, as deploy/nats/permissions.conf does")
 		return
 	}
-	c.log.Warn("NATS reports an error", "error", err)
+	c.reported.Again("NATS reports an error", "error", err)
+	c.reported.Lapse("NATS reports no more errors")
 }
 
 func (c *Client) dial(ctx context.Context) error {
-	waiting := false
 	for attempt := 0; ; attempt++ {
 		nc, err := nats.Connect(strings.Join(c.config.Servers, ","), c.options()...)
 		if err == nil {
 			c.nc = nc
 			c.wire.connected()
+			c.away.Over("no longer waiting for NATS")
 			c.log.Info("connected to NATS", "server", nc.ConnectedUrlRedacted(), "version", nc.ConnectedServerVersion())
 			return nil
 		}
@@ -175,10 +182,7 @@ func (c *Client) dial(ctx context.Context) error {
 			return fmt.Errorf("connect to NATS: %w", err)
 		}
 		unreached := &fault.Error{What: "connect to NATS: " + err.Error(), Remedy: "start it, or correct OUTBOX_NATS_URL"}
-		if !waiting {
-			c.log.Warn("waiting for NATS", "error", err, "remedy", unreached.Remedy)
-			waiting = true
-		}
+		c.away.Again("waiting for NATS", "error", err, "remedy", unreached.Remedy)
 		if unreached.Cause = wait.For(ctx, Backoff(attempt)); unreached.Cause != nil {
 			return unreached
 		}
@@ -217,6 +221,13 @@ func remedy(err error) string {
 		return "check OUTBOX_NATS_CERT and OUTBOX_NATS_KEY"
 	}
 	return ""
+}
+
+// Barred reports whether it is not the stream that keeps the relay from publishing, but
+// the way to it: NATS does not trust the relay, or the other way round, a secret can't
+// be read, or JetStream is switched off. All of these can be put right elsewhere.
+func Barred(err error) bool {
+	return err != nil && (errors.Is(err, errNoJetStream) || remedy(err) != "" || permanent(err))
 }
 
 func (c *Client) checkServer() error {
@@ -268,6 +279,9 @@ func (c *Client) Reconnects() uint64 { return c.reconnects.Load() }
 func (c *Client) Close() {
 	c.nc.Close()
 	c.end()
+	for _, cause := range []*repeat.Cause{c.away, c.reported, c.permission, c.publishing} {
+		cause.Forget()
+	}
 }
 
 // Backoff is the pause before attempt n (from 0) of what can pass: 100 ms,

@@ -74,7 +74,7 @@ func (ch *Chain) pause(ctx context.Context, d time.Duration) (reconnected bool, 
 // the stream refuses what each of them sends again.
 type outage struct {
 	began    time.Time // zero: there is none
-	said     time.Time // when it was last told
+	why      error
 	attempts int
 }
 
@@ -103,9 +103,15 @@ func (ch *Chain) goOn() {
 	if ch.outage.began.IsZero() {
 		return
 	}
-	ch.log.Info("publishing goes on", "duration", time.Since(ch.outage.began).Round(time.Millisecond))
 	ch.outage = outage{}
 	ch.client.denied.Store(nil)
+	ch.client.publishes()
+}
+
+// publishes says that nothing is in the way of publishing.
+func (c *Client) publishes() {
+	c.publishing.Over("publishing goes on")
+	c.permission.Over("NATS denies no permission any more")
 }
 
 func (ch *Chain) tellInterrupted(err error) {
@@ -114,24 +120,24 @@ func (ch *Chain) tellInterrupted(err error) {
 	ch.tell(err)
 }
 
-// tell says why there is an outage, and once a minute why it lasts. An answer that comes
-// during a resync ends it; what fails then begins the next. ch.mu is held.
+// tell says why there is an outage. An answer that comes during a resync ends it; what
+// fails then begins the next. ch.mu is held.
 func (ch *Chain) tell(err error) {
-	now := time.Now()
-	switch {
-	case ch.outage.began.IsZero():
-		ch.outage = outage{began: now, said: now}
-		ch.log.Warn("publishing is interrupted", "error", ch.explain(err))
-	case now.Sub(ch.outage.said) > time.Minute:
-		ch.log.Warn("publishing is still interrupted", "duration", time.Since(ch.outage.began).Round(time.Second), "error", ch.explain(err))
-		ch.outage.said = now
+	if ch.outage.began.IsZero() {
+		ch.outage.began = time.Now()
 	}
+	ch.outage.why = err
+	ch.client.publishing.Again("publishing is interrupted", "error", ch.client.explain(err))
 }
 
-// explain adds the permission that NATS denied, which is why no answer came.
-func (ch *Chain) explain(err error) error {
-	if denied := ch.client.denied.Load(); denied != nil {
+// explain adds why no answer came: the permission that NATS denied, or why it refuses
+// the connection.
+func (c *Client) explain(err error) error {
+	if denied := c.denied.Load(); denied != nil {
 		return fmt.Errorf("%w (%s)", err, *denied)
+	}
+	if last := c.nc.LastError(); last != nil && !c.nc.IsConnected() && !errors.Is(err, last) {
+		return fmt.Errorf("%w (%w)", err, last)
 	}
 	return err
 }

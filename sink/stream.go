@@ -57,6 +57,8 @@ var (
 	ErrStream = errors.New("the stream cannot be used")
 	// ErrNoStream says that the stream is not there, and not to be made.
 	ErrNoStream = errors.New("it is not to be created")
+	// errNoJetStream says that the server, or the account, has JetStream switched off.
+	errNoJetStream = errors.New("no JetStream")
 	// errGone says that no message stands at a sequence.
 	errGone = errors.New("message gone")
 )
@@ -119,7 +121,7 @@ func (c *Client) info(ctx context.Context, name string) (*jetstream.StreamInfo, 
 }
 
 func noJetStream(what, or string) error {
-	return fmt.Errorf("%w: %w", ErrStream, &fault.Error{What: what, Remedy: "start nats-server with -js" + or, Shell: "nats-server -js"})
+	return fmt.Errorf("%w: %w", ErrStream, &fault.Error{What: what, Remedy: "start nats-server with -js" + or, Shell: "nats-server -js", Cause: errNoJetStream})
 }
 
 // mayHaveJetStream reports whether anybody within reach may ever answer: a

@@ -67,7 +67,7 @@ type environment struct {
 	HTTPDebug             text `split_words:"true" default:"false" desc:"serve profiles under /debug/pprof/, too"`
 	LogLevel              text `split_words:"true" default:"info" desc:"debug, info, warn or error"`
 	LogFormat             text `split_words:"true" default:"text" desc:"text or json"`
-	ShutdownGrace         text `split_words:"true" default:"10s" desc:"time to drain"`
+	ShutdownGrace         text `split_words:"true" default:"10s" desc:"time to stop, of which three quarters are to drain"`
 }
 
 // text is a value as it was given. Its Decode never fails.

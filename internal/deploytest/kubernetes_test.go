@@ -55,6 +55,9 @@ func requireSelected(t *testing.T, deployment *appsv1.Deployment, objects []any)
 	selectors := map[string]map[string]string{"Deployment": deployment.Spec.Selector.MatchLabels}
 	for _, budget := range every[policyv1.PodDisruptionBudget](objects) {
 		selectors["PodDisruptionBudget"] = budget.Spec.Selector.MatchLabels
+		if policy := budget.Spec.UnhealthyPodEvictionPolicy; policy == nil || *policy != policyv1.AlwaysAllow {
+			t.Error("while NATS is away no relay is ready, and the budget lets no node be drained")
+		}
 	}
 	for _, service := range every[corev1.Service](objects) {
 		selectors["Service"] = service.Spec.Selector

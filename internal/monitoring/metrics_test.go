@@ -14,7 +14,7 @@ import (
 )
 
 // elsewhere are metrics that count what this relay is spared, and the tests of
-// package relay that see them move.
+// packages relay and ops that see them move.
 var elsewhere = map[string]string{
 	"outbox_relay_heals_total":              "TestMetricsOfLostSlot",
 	"outbox_relay_phantom_events_total":     "TestFailoverThatLosesTransactions",
@@ -24,6 +24,9 @@ var elsewhere = map[string]string{
 	"outbox_relay_automatic_retries_total":  "TestAutomaticRetries",
 	"outbox_relay_backfill_rows_left":       "TestBackfillProgress",
 	"outbox_relay_slot_lag_seconds":         "TestVitals",
+	"outbox_relay_trouble":                  "TestSlowRecordIsToldBeforeItIsAStall",
+	"outbox_relay_record_seconds":           "TestSlowRecordIsToldBeforeItIsAStall",
+	"outbox_relay_stalled":                  "TestRestartThatDoesNotHelpIsNotRepeated",
 }
 
 // live takes the relay through what its metrics tell of, and sees them tell it.
@@ -160,7 +163,7 @@ func (o *outbox) checkConventions() {
 
 // Every test that elsewhere names is there.
 func TestElsewhere(t *testing.T) {
-	files, err := filepath.Glob("../../relay/*_test.go")
+	files, err := filepath.Glob("../../*/*_test.go")
 	must(t, err)
 	var tests strings.Builder
 	for _, file := range files {

@@ -111,6 +111,13 @@ func (n *NATSServer) Restart() {
 	n.awaitReady()
 }
 
+// RestartWith is Restart with other options.
+func (n *NATSServer) RestartWith(edit func(*server.Options)) {
+	n.tb.Helper()
+	edit(&n.options)
+	n.Restart()
+}
+
 func (n *NATSServer) launch() {
 	n.tb.Helper()
 	s, err := server.NewServer(n.options.Clone())

@@ -1,0 +1,30 @@
+package relay
+
+import (
+	"log/slog"
+
+	"outbox-relay/internal/repeat"
+)
+
+// causes are what can go wrong again and again. They outlive the sessions, since
+// most of them end one.
+type causes struct {
+	session    *repeat.Cause // no session runs
+	standby    *repeat.Cause // the relay stands by, and could not take over
+	refused    *repeat.Cause // Postgres refuses to record outcomes
+	stall      *repeat.Cause // the pipeline does not move
+	notice     *repeat.Cause // Postgres says something about the slot
+	open       *repeat.Cause // an open transaction holds the slot's creation up
+	ignored    *repeat.Cause // inserts that are no events
+	foreign    *repeat.Cause // messages of others in the stream
+	housework  *repeat.Cause // the housekeeper can't connect
+	retention  *repeat.Cause // it can't remove what is old
+	retries    *repeat.Cause // it can't retry
+	partitions *repeat.Cause // Postgres says something about its work
+}
+
+func newCauses(log *slog.Logger) *causes {
+	cause := func() *repeat.Cause { return repeat.New(log) }
+	return &causes{session: cause(), standby: cause(), refused: cause(), stall: repeat.First(log), notice: cause(), open: cause(), ignored: cause(), foreign: cause(),
+		housework: repeat.First(log), retention: cause(), retries: cause(), partitions: cause()}
+}
