@@ -23,6 +23,7 @@ func story(t *testing.T, tell func(log *slog.Logger), want ...string) {
 			return a
 		}}))
 		tell(log)
+		synctest.Wait() // for what is logged at this very moment
 		got := strings.TrimSpace(out.String())
 		if text := strings.Join(want, "\n"); got != text {
 			t.Errorf("logged\n%s\nwant\n%s", got, text)
