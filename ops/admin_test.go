@@ -627,7 +627,7 @@ func TestCommandsLeastPrivilege(t *testing.T) {
 	}
 	ended := make(chan error, 1)
 	go func() {
-		ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{All: true, Yes: true})
+		ended <- d.admin.Replay(context.WithoutCancel(t.Context()), ops.Replay{Selection: outbox.Selection{AggregateType: "order"}, Yes: true})
 	}()
 	var seen []request
 	testenv.Eventually(t, "two retries and a replay", func() bool {
