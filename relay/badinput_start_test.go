@@ -457,7 +457,7 @@ func (b *bundle) loseWAL() {
 		b.exec(`insert into bulk select repeat('x', 1000) from generate_series(1, 20000)`)
 		b.exec(`select pg_switch_wal()`)
 		b.exec(`checkpoint`)
-		return b.count(`select count(*) from pg_replication_slots where wal_status = 'lost'`) == 1
+		return b.count(`select count(*) from pg_replication_slots where wal_status = 'lost' and slot_name = $1`, b.slot()) == 1
 	})
 }
 

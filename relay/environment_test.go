@@ -43,6 +43,7 @@ func TestWhatWasRightBeforeIsWaitedFor(t *testing.T) {
 	r.WaitLog("msg=streaming")
 	end := `select pg_terminate_backend(pid) from pg_stat_activity where usename = 'relay'`
 	config := b.sql.Config().Copy()
+	database := pgx.Identifier{config.Database}.Sanitize()
 	config.Database = "postgres" // one's own can't be closed
 	outside, err := pgx.ConnectConfig(t.Context(), config)
 	b.must(err)
@@ -51,7 +52,7 @@ func TestWhatWasRightBeforeIsWaitedFor(t *testing.T) {
 		{"REPLICATION taken away", `alter role relay noreplication`, `alter role relay replication`, "42501"},
 		{"a right taken away", `revoke update on outbox_relay_checkpoints from relay`, `grant update on outbox_relay_checkpoints to relay`, "permission denied for table outbox_relay_checkpoints"},
 		{"no login", `alter role relay nologin`, `alter role relay login`, "28000"},
-		{"database closed", `alter database ` + b.slot() + ` allow_connections false`, `alter database ` + b.slot() + ` allow_connections true`, "55000"},
+		{"database closed", `alter database ` + database + ` allow_connections false`, `alter database ` + database + ` allow_connections true`, "55000"},
 	} {
 		conn := b.sql
 		if strings.Contains(c.spoil, "database") {

@@ -15,6 +15,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/replication"
+	"outbox-relay/replication/pace"
 	"outbox-relay/sink"
 )
 
@@ -35,7 +36,7 @@ func (e *HaltError) Error() string {
 // understood, which must never be skipped.
 func passes(err error) bool {
 	for _, passing := range []error{
-		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrNoSlot, replication.ErrEnded, errSlotFree,
+		checkpoint.ErrSuperseded, checkpoint.ErrNotReplicated, replication.ErrSlotInUse, replication.ErrNoSlot, replication.ErrEnded, pace.ErrLost, errSlotFree,
 		sink.ErrForgotten, sink.ErrStrangers, sink.ErrClosed, errRecovery, errTwoServers, errMissed, errSlotLost,
 		io.EOF, io.ErrUnexpectedEOF, net.ErrClosed, os.ErrDeadlineExceeded, context.DeadlineExceeded,
 		nats.ErrNoResponders, nats.ErrTimeout, nats.ErrDisconnected, nats.ErrConnectionClosed, nats.ErrConnectionReconnecting,

@@ -18,6 +18,7 @@ import (
 	"outbox-relay/decoder"
 	"outbox-relay/internal/fault"
 	"outbox-relay/replication"
+	"outbox-relay/replication/pace"
 	"outbox-relay/sink"
 )
 
@@ -37,6 +38,7 @@ func TestWhatPasses(t *testing.T) {
 		{"slot made by another", fmt.Errorf("%w: %w", replication.ErrSlotInUse, postgresError("42710")), true},
 		{"no slot any more", replication.ErrNoSlot, true}, // it is made anew
 		{"server shuts down", replication.ErrEnded, true},
+		{"connection found broken", pace.ErrLost, true},
 		{"broker forgot", sink.ErrForgotten, true},
 		{"connection refused", &net.OpError{Op: "dial", Err: syscall.ECONNREFUSED}, true},
 		{"connection reset", &net.OpError{Op: "read", Err: syscall.ECONNRESET}, true},

@@ -127,18 +127,17 @@ func (s *session) readAgain(ctx context.Context, from *origin) (err error) {
 // tell which these are, the slot does.
 func (s *session) lookBack(ctx context.Context, from *origin) error {
 	cp := &from.checkpoint
-	if cp.Phase == checkpoint.Backfilling && s.backlog == nil && s.missed == "" {
-		_, listed, err := s.store.BacklogLeft(ctx)
-		if err != nil || listed {
-			return err
-		}
-	}
 	switch {
 	case cp.Phase != checkpoint.Backfilling || s.backlog != nil:
 		return nil
 	case !s.relay.config.Backfill:
 		return fmt.Errorf("a backfill is not finished, and OUTBOX_BACKFILL is false: set it to true, or, to leave its rows as they are, UPDATE %s.outbox_relay_checkpoints SET phase = 'streaming' WHERE slot = '%s'",
 			s.table.Schema, s.table.Slot)
+	}
+	if s.missed == "" {
+		if _, listed, err := s.store.BacklogLeft(ctx); err != nil || listed {
+			return err
+		}
 	}
 	if err := s.openBacklog(ctx); err != nil {
 		return err

@@ -624,7 +624,9 @@ func (ch *Chain) pop() {
 			return
 		}
 		ch.last = max(ch.last, en.sequence)
-		ch.goOn()
+		if ch.broken == nil { // else it answers what was sent before the outage
+			ch.goOn()
+		}
 		ch.outcomes.Stored(en.index, en.sequence, !en.blurred, &en.event, en.sent, ch.heard)
 		ch.release(en)
 	}

@@ -120,8 +120,7 @@ func (ch *Chain) tellInterrupted(err error) {
 	ch.tell(err)
 }
 
-// tell says why there is an outage. An answer that comes during a resync ends it; what
-// fails then begins the next. ch.mu is held.
+// tell says why there is an outage. ch.mu is held.
 func (ch *Chain) tell(err error) {
 	if ch.outage.began.IsZero() {
 		ch.outage.began = time.Now()
