@@ -24,11 +24,11 @@ test: test-deploy
 	$(GO) build ./...
 	$(MAKE) -j 2 --no-print-directory test-plain test-race
 
-# Most tests of ./relay start the relay, as its users have it, and wait for it. The
+# Most tests of ./relay start the relay, as its users have it, and wait for it, four at a time. The
 # race detector would only watch the embedded NATS server, and take half the CPU.
 # ./decoder has no goroutines.
 test-plain:
-	$(GO) test -timeout 30m ./relay ./decoder
+	$(GO) test -timeout 45m -parallel 4 ./relay ./decoder
 
 test-race:
 	CGO_ENABLED=1 $(GO) test -race -timeout 30m $(shell $(GO) list ./... | grep -v -E '/(decoder|relay)$$')
