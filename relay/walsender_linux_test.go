@@ -149,7 +149,8 @@ func TestWalsenderEndsWhileNATSIsDown(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
 	o := b.oracle()
-	r := b.streaming(noWindow, "MAX_INFLIGHT=64")
+	proxy := testenv.NewProxy(t, fmt.Sprintf("127.0.0.1:%d", b.cluster.Port()))
+	r := b.streaming(noWindow, "MAX_INFLIGHT=64", b.address(func(u *url.URL, _ url.Values) { u.Host = proxy.Addr() }))
 	b.requireStream(b.insert(100))
 	walsender := b.walsender()
 	b.nats.Stop()
@@ -158,11 +159,8 @@ func TestWalsenderEndsWhileNATSIsDown(t *testing.T) {
 	testenv.Eventually(t, "the walsender to be held up", func() bool {
 		return b.count(`select count(*) from pg_stat_activity where pid = $1 and wait_event in ('WalSenderWriteData', 'ClientWrite')`, walsender) == 1
 	})
-	b.exec(`select pg_terminate_backend($1)`, walsender)
+	proxy.Cut() // of the recorder's connection, too: either may be noticed first
 	r.WaitLog("waiting to start again")
-	if !strings.Contains(r.Logs(), "write to slot "+b.slot()) {
-		t.Errorf("the log does not say which connection broke:\n%s", r.Logs())
-	}
 	b.nats.Restart()
 	b.requireStream(o.committed())
 	if pid := b.walsender(); pid == 0 || pid == walsender {
