@@ -52,7 +52,7 @@ func TestCreateSlotWaits(t *testing.T) {
 
 func TestCreateSlotFails(t *testing.T) {
 	t.Parallel()
-	cluster := testenv.OwnPostgres(t, map[string]string{"max_replication_slots": "1"})
+	cluster := testenv.OwnPostgres(t, map[string]string{"max_replication_slots": "2"}) // one is another tool's
 	b := setupOn(t, cluster)
 	_, err := b.connect().CreateSlot(t.Context(), b.slot, false)
 	b.must(err)
