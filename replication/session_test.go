@@ -101,6 +101,7 @@ func (b *bundle) read() replication.Slot {
 // watcher is a handler that keeps what comes.
 type watcher struct {
 	block chan struct{} // what data waits for; nil: nothing
+	waits chan struct{} // gets that it does; nil: nobody wants it
 	fail  error         // of data
 
 	mu      sync.Mutex
@@ -113,6 +114,10 @@ type watcher struct {
 
 func (w *watcher) Data(_ pglogrepl.LSN, data []byte) error {
 	if w.block != nil {
+		select {
+		case w.waits <- struct{}{}:
+		default:
+		}
 		<-w.block
 	}
 	w.mu.Lock()
@@ -304,10 +309,10 @@ func TestWalsenderEndsWhileTheHandlerBlocks(t *testing.T) {
 	proxy := testenv.NewProxy(t, fmt.Sprintf("%s:%d", b.config.Host, b.config.Port))
 	to := netip.MustParseAddrPort(proxy.Addr())
 	b.config.Host, b.config.Port = to.Addr().String(), to.Port()
-	w := &watcher{block: make(chan struct{}), lost: make(chan error, 1)}
+	w := &watcher{block: make(chan struct{}), waits: make(chan struct{}, 1), lost: make(chan error, 1)}
 	_, done := running(t, b.started(), w)
 	b.exec(`insert into t select generate_series(1, 200000)`)
-	w.block <- struct{}{} // it has the first message, and blocks at the next, which it has read with it
+	<-w.waits
 	// A walsender that is told to end may be unable to, as it can't send its last words.
 	proxy.Cut()
 	lost := <-w.lost
