@@ -53,7 +53,7 @@ func TestRowsComeInTheOrderOfTheirIDs(t *testing.T) {
 			o.streaming()
 			o.requireStream(ids)
 			o.await("published", ids)
-			o.command("replay", "--run", "again", "--yes")
+			o.command("replay", "--all", "--run", "again", "--yes")
 			want := slices.Clone(ids)
 			for _, id := range ids {
 				want = append(want, id+":again")
@@ -73,7 +73,7 @@ func TestRowsComeInTheOrderOfTheirIDs(t *testing.T) {
 			o.put(backwards(ids)...)
 			o.exec(`update outboxevent set status = 'failed', failed_at = now()`)
 			o.streaming()
-			o.command(append([]string{"retry"}, backwards(ids)...)...)
+			o.command(append([]string{"retry", "--"}, backwards(ids)...)...)
 			o.requireStream(ids)
 		})
 	}
