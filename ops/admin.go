@@ -51,7 +51,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	}
 	for name, value := range map[string]string{
 		"application_name": "outbox-relay command", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
-		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed",
+		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed", "row_security": "off",
 	} {
 		config.RuntimeParams[name] = value
 	}
@@ -85,7 +85,7 @@ func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 	case !lifecycle:
 		return fmt.Errorf("table %s has no outbox_relay_backlog beside it: run `outbox-relay migrate` of this release", a.Table)
 	}
-	return nil
+	return a.Table.CheckRowSecurity(ctx, conn)
 }
 
 func hangUp(conn *pgx.Conn) {
