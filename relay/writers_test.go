@@ -89,11 +89,14 @@ func (w *writers) abandon() {
 	_ = w.group.Wait() // the loss of the connection
 }
 
-// await waits until n more rows were inserted.
+// await waits until n more rows were inserted, for as long as any is: how fast that goes is
+// the machine's affair.
 func (w *writers) await(n int) {
 	w.b.Helper()
-	from := w.rows.Load()
-	testenv.Eventually(w.b, fmt.Sprintf("%d rows inserted", n), func() bool { return w.rows.Load() >= from+int64(n) })
+	target := w.rows.Load() + int64(n)
+	for rows := w.rows.Load(); rows < target; rows = w.rows.Load() {
+		testenv.Eventually(w.b, fmt.Sprintf("more than %d rows inserted", rows), func() bool { return w.rows.Load() > rows })
+	}
 }
 
 // transaction inserts some events, one in five times in vain, one in five with
