@@ -13,7 +13,7 @@ import (
 // remedy; so do the commands.
 func TestRowLevelSecurity(t *testing.T) {
 	t.Parallel()
-	const remedy = "ALTER ROLE relay BYPASSRLS"
+	const remedy = `ALTER ROLE "relay" BYPASSRLS`
 	policies := map[string]string{
 		"of the outbox, without a policy":         `alter table events enable row level security`,
 		"of the outbox, with a policy for others": `alter table events enable row level security; create policy mine on events using (aggregate_type = 'mine')`,
@@ -80,7 +80,7 @@ func TestPublicationOfAllTables(t *testing.T) {
 			if code := r.Terminate(); code != 0 {
 				t.Errorf("exit code %d", code)
 			}
-			for _, command := range [][]string{{"doctor"}, {"drop", "--yes"}} {
+			for _, command := range [][]string{{"doctor"}, {"drop", b.slot()}} {
 				c := testenv.StartRelay(t, b.with(), command...)
 				if code := c.Wait(time.Minute); code != 0 {
 					t.Errorf("%s ends with %d:\n%s", command, code, c.Logs())

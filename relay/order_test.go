@@ -12,11 +12,10 @@ const numbered = `create table outboxevent (id %s not null primary key, aggregat
 
 // idKinds are types of ids, with values in their order. That of their text is another.
 var idKinds = map[string][]string{
-	"bigint":                     {"-1", "1", "2", "9", "10", "11", "100", "2000"},
-	"smallint":                   {"1", "2", "9", "10", "11", "100"},
-	`text collate "en-x-icu"`:    {"a", "B", "c", "D", "é", "F"},
-	`varchar(9) collate "C"`:     {"A", "B", "_", "a", "b"},
-	`text collate "en-US-x-icu"`: {"1-a", "1a", "1-b", "1b"},
+	"bigint":                  {"1", "2", "9", "10", "11", "100", "2000"},
+	"smallint":                {"1", "2", "9", "10", "11", "100"},
+	`text collate "en-x-icu"`: {"a", "B", "c", "D", "é", "F"},
+	`varchar(9) collate "C"`:  {"A", "B", "_", "a", "b"},
 }
 
 func (o owned) put(ids ...string) {
@@ -73,7 +72,7 @@ func TestRowsComeInTheOrderOfTheirIDs(t *testing.T) {
 			o.put(backwards(ids)...)
 			o.exec(`update outboxevent set status = 'failed', failed_at = now()`)
 			o.streaming()
-			o.command(append([]string{"retry", "--"}, backwards(ids)...)...)
+			o.command(append([]string{"retry"}, backwards(ids)...)...)
 			o.requireStream(ids)
 		})
 	}
