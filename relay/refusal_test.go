@@ -36,7 +36,7 @@ var obstacles = map[string]struct {
 		create: `create table audit (id text);` + trigger(`insert into public.audit values (new.id)`, "after")},
 	"a deferred constraint fails at the commit": {says: "not that one (SQLSTATE P0001)",
 		create: trigger(`raise exception 'not that one'`, "constraint")},
-	"a check constraint": {says: "violates check constraint \"not_five\" (SQLSTATE 23514)",
+	"a check constraint": {says: "not_five",
 		create: `alter table events add constraint not_five check (payload->>'n' is distinct from '5' or aggregate_type <> 'order' or status = 'pending')`},
 	"an index on an expression": {says: "division by zero (SQLSTATE 22012)",
 		create: `create index broken on events ((1 / case when status = 'published' and payload->>'n' = '5' and aggregate_type = 'order' then 0 else 1 end))`},
