@@ -157,7 +157,7 @@ func invalidateSlot(s *season) injury {
 func (s *season) once(use func(context.Context, *pgx.Conn) error) {
 	s.Helper()
 	s.query(func(ctx context.Context, conn *pgx.Conn) error { return conn.Ping(ctx) })
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // the oracle decodes what may be much
 	defer cancel()
 	s.must(s.attempt(ctx, use))
 }
