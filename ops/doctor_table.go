@@ -132,7 +132,7 @@ func (e *examination) checkTrigger(trigger outbox.Trigger) {
 	case trigger.Unqualified:
 		e.warn("trigger", &fault.Error{What: trigger.Function + " calls gen_random_ulid() without its schema: inserts fail in a session whose search_path lacks that",
 			Remedy: "write the schema in front of it, or give the function a search_path, which costs each insert a little:",
-			SQL: fmt.Sprintf("ALTER FUNCTION %s SET search_path = %s, pg_temp", trigger.Function, pgx.Identifier{e.Config.Table.Schema}.Sanitize())})
+			SQL:    fmt.Sprintf("ALTER FUNCTION %s SET search_path = %s, pg_temp", trigger.Function, pgx.Identifier{e.Config.Table.Schema}.Sanitize())})
 	case trigger.Enabled:
 		e.ok("trigger", "%s fills what is new in a row", trigger.Name)
 	case trigger.There:
