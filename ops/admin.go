@@ -51,7 +51,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	}
 	for name, value := range map[string]string{
 		"application_name": "outbox-relay command", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
-		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed", "row_security": "off",
+		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed",
 	} {
 		config.RuntimeParams[name] = value
 	}

@@ -134,8 +134,8 @@ func (t Table) CheckPartitionKey(ctx context.Context, conn *pgx.Conn) error {
 }
 
 // CheckRowSecurity refuses a role that row level security keeps from seeing every row: what
-// it does not see it would take for deleted, or for published. Every session of the relay
-// has row_security off besides, so that Postgres refuses what a policy made later would hide.
+// it does not see it would take for deleted, or for published. The relay's sessions have
+// row_security off besides, so that Postgres refuses what a policy made later would hide.
 func (t Table) CheckRowSecurity(ctx context.Context, conn *pgx.Conn) error {
 	var filtered []string
 	var user string

@@ -48,7 +48,6 @@ func (r *Relay) sqlConfig(application string, settings map[string]string) (*pgx.
 		"default_transaction_isolation": "read committed",
 		"synchronous_commit":            "on",
 		"plan_cache_mode":               "force_custom_plan",
-		"row_security":                  "off", // an error, and no rows that are left out
 		"standard_conforming_strings":   "on",
 		"client_encoding":               "UTF8",
 		"client_min_messages":           "notice", // a commit that is only local is a warning
