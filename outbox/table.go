@@ -241,18 +241,22 @@ func (t Table) ownTables() []string {
 // the last column that a migration has added.
 func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {
 	for _, own := range t.ownTables() {
-		var there, current bool
-		err := conn.QueryRow(ctx, `select t is not null, $1 <> $2 or exists (select from pg_catalog.pg_attribute
-				where attrelid = t and attname = 'refused_at' and not attisdropped)
-			from pg_catalog.to_regclass($1) as t`, own, t.leftovers()).Scan(&there, &current)
-		switch {
-		case err != nil:
+		var there bool
+		if err := conn.QueryRow(ctx, `select pg_catalog.to_regclass($1) is not null`, own).Scan(&there); err != nil {
 			return fmt.Errorf("look for table %s: %w", own, err)
-		case !there:
-			return &fault.Error{What: fmt.Sprintf("table %s does not exist", own), Remedy: "run `outbox-relay migrate`", Shell: "outbox-relay migrate"}
-		case !current:
-			return &fault.Error{What: fmt.Sprintf("table %s was made by an earlier release", own), Remedy: "run `outbox-relay migrate` of this release", Shell: "outbox-relay migrate"}
 		}
+		if !there {
+			return &fault.Error{What: fmt.Sprintf("table %s does not exist", own), Remedy: "run `outbox-relay migrate`", Shell: "outbox-relay migrate"}
+		}
+	}
+	var current bool
+	err := conn.QueryRow(ctx, `select exists (select from pg_catalog.pg_attribute
+		where attrelid = pg_catalog.to_regclass($1) and attname = 'refused_at' and not attisdropped)`, t.leftovers()).Scan(&current)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look for table %s: %w", t.leftovers(), err)
+	case !current:
+		return &fault.Error{What: fmt.Sprintf("table %s was made by an earlier release", t.leftovers()), Remedy: "run `outbox-relay migrate` of this release", Shell: "outbox-relay migrate"}
 	}
 	return nil
 }
