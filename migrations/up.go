@@ -27,6 +27,7 @@ const (
 const (
 	oldestVersion     = 150000
 	oldestVersionName = "15"
+	decodesByNeed     = 190000 // from then on a logical slot raises wal_level = replica by itself
 )
 
 // Up brings the outbox t in the database that config leads to up to date: the
@@ -135,7 +136,7 @@ func checkServer(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) er
 	case !schema:
 		return fmt.Errorf("schema %s does not exist: create it (CREATE SCHEMA %s) or name another", display(t.Schema), quote(t.Schema))
 	}
-	if walLevel != "logical" {
+	if walLevel != "logical" && (walLevel != "replica" || version < decodesByNeed) {
 		log.Warn("wal_level is not logical: the migration works, the relay will not; set it and restart Postgres",
 			"wal_level", walLevel, "remedy", "ALTER SYSTEM SET wal_level = 'logical'")
 	}

@@ -85,7 +85,7 @@ func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 	case !lifecycle:
 		return fmt.Errorf("table %s has no outbox_relay_backlog beside it: run `outbox-relay migrate` of this release", a.Table)
 	}
-	return nil
+	return cmp.Or(a.Table.CheckOwnTables(ctx, conn), a.Table.CheckRowSecurity(ctx, conn))
 }
 
 func hangUp(conn *pgx.Conn) {

@@ -114,7 +114,7 @@ func TestDoctorBeforeTheFirstRun(t *testing.T) {
 		{"not migrated", `drop table outbox_relay_checkpoints, events_migrations`, nil, "postgres.migrations", "fault", []string{"outbox_relay_checkpoints", "migrate"}, "migrate"},
 		{"its own table dropped", `drop table outbox_relay_backlog`, nil, "postgres.migrations", "fault", []string{"outbox_relay_backlog", "although every migration was applied"}, "print"},
 		{"a function dropped", `drop function outbox_retry_all()`, nil, "postgres.migrations", "fault", []string{"outbox_retry_all", "although every migration was applied"}, "print"},
-		{"migrations to come", `delete from events_migrations where version_id = 4`, nil, "postgres.migrations", "fault", []string{"3 of 4 are applied"}, "migrate"},
+		{"migrations to come", `delete from events_migrations where version_id = 7`, nil, "postgres.migrations", "fault", []string{"6 of 7 are applied"}, "migrate"},
 		{"partitioned by what is updated", fmt.Sprintf(partitioned, "status", ""), nil, "postgres.partition_key", "fault", []string{"partitioned by status"}, ""},
 		{"trigger off", `alter table events disable trigger on_events_create`, nil, "postgres.trigger", "warning", []string{"on_events_create is off", "turn it on"}, "sql"},
 		{"trigger dropped", `drop trigger on_events_create on events`, nil, "postgres.trigger", "warning", []string{"on_events_create is not there", "make it"}, "print"},
@@ -331,7 +331,7 @@ func TestDoctorNamesEachRight(t *testing.T) {
 		}})
 	for sql, a := range map[string]ailment{
 		`alter role ` + role + ` noreplication`:        {check: "postgres.replication", state: "fault", words: []string{"42501", "REPLICATION"}, cure: "sql"},
-		`alter table events enable row level security`: {check: "postgres.row_security", state: "warning", words: []string{"row level security"}, cure: "sql"},
+		`alter table events enable row level security`: {check: "postgres.row_security", state: "fault", words: []string{"row level security"}, cure: "sql"},
 	} {
 		a.make, a.change = sql, as
 		d.treat(a)

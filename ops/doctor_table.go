@@ -15,7 +15,7 @@ import (
 )
 
 // Names of the checks of the table and what belongs to it.
-var tableChecks = []string{"table", "migrations", "partition_key", "trigger", "row_security", "replica_identity",
+var tableChecks = []string{"table", "migrations", "partition_key", "trigger", "row_security", "rules", "replica_identity",
 	"publication", "publication_operations", "publication_root", "publication_filter", "publication_columns", "publication_logged"}
 
 func isDenied(err error) bool {
@@ -58,7 +58,7 @@ func (e *examination) checkTable(ctx context.Context) {
 		e.ok("table", "%s has every column that the message needs", t)
 	}
 	if layout.OID == 0 {
-		e.skip("the table is not there", tableChecks[1:6]...)
+		e.skip("the table is not there", tableChecks[1:7]...)
 	} else {
 		e.table = e.checkMigrations(ctx) && err == nil
 		e.checkRows(ctx)
@@ -109,40 +109,42 @@ func (e *examination) checkRows(ctx context.Context) {
 	} else if e.judge("partition_key", t.CheckPartitionKey(ctx, e.sql)) {
 		e.ok("partition_key", "it names no column that the relay updates")
 	}
-	around, err := t.ReadSurroundings(ctx, e.sql)
-	if !e.judge("trigger", err) {
-		e.skip("the table could not be looked at", "row_security")
-	} else {
-		e.checkAround(around)
+	trigger, err := t.ReadTrigger(ctx, e.sql)
+	if e.judge("trigger", err) {
+		e.checkTrigger(trigger)
+	}
+	if e.judge("row_security", t.CheckRowSecurity(ctx, e.sql)) {
+		e.ok("row_security", "hides no row from the role")
+	}
+	if e.judge("rules", t.CheckRules(ctx, e.sql)) {
+		e.ok("rules", "none is in the way of recording outcomes")
 	}
 	if e.judge("replica_identity", t.CheckIdentity(ctx, e.sql)) {
 		e.ok("replica_identity", "no publication is in the way of recording outcomes")
 	}
 }
 
-func (e *examination) checkAround(around outbox.Surroundings) {
+func (e *examination) checkTrigger(trigger outbox.Trigger) {
 	const fill = ": the application has to fill id, status and created_at itself"
 	switch {
 	case e.Config.Table.Columns.Names != nil:
 		e.ok("trigger", "none is needed: the outbox is the application's own, which gives the ids")
-	case around.Enabled:
-		e.ok("trigger", "%s fills what is new in a row", around.Trigger)
-	case around.Triggered:
-		e.warn("trigger", &fault.Error{What: around.Trigger + " is off" + fill, Remedy: "turn it on, if it does not",
-			SQL: fmt.Sprintf("ALTER TABLE %s ENABLE TRIGGER %s", e.Config.Table, pgx.Identifier{around.Trigger}.Sanitize())})
+	case trigger.Unqualified:
+		e.warn("trigger", &fault.Error{What: trigger.Function + " calls gen_random_ulid() without its schema: inserts fail in a session whose search_path lacks that",
+			Remedy: "write the schema in front of it, or give the function a search_path, which costs each insert a little:",
+			SQL:    fmt.Sprintf("ALTER FUNCTION %s SET search_path = %s, pg_temp", trigger.Function, pgx.Identifier{e.Config.Table.Schema}.Sanitize())})
+	case trigger.Enabled:
+		e.ok("trigger", "%s fills what is new in a row", trigger.Name)
+	case trigger.There:
+		e.warn("trigger", &fault.Error{What: trigger.Name + " is off" + fill, Remedy: "turn it on, if it does not",
+			SQL: fmt.Sprintf("ALTER TABLE %s ENABLE TRIGGER %s", e.Config.Table, pgx.Identifier{trigger.Name}.Sanitize())})
 	default:
-		e.warn("trigger", &fault.Error{What: around.Trigger + " is not there" + fill, Remedy: "make it, if it does not", Shell: printed})
+		e.warn("trigger", &fault.Error{What: trigger.Name + " is not there" + fill, Remedy: "make it, if it does not", Shell: printed})
 	}
-	if !around.RowSecurity {
-		e.ok("row_security", "hides no row from the role")
-		return
-	}
-	e.warn("row_security", &fault.Error{What: "row level security is on for the role: rows that its policies hide are taken for deleted",
-		Remedy: "let it see every row, by a policy, or as a superuser:", SQL: "ALTER ROLE " + pgx.Identifier{e.sql.Config().User}.Sanitize() + " BYPASSRLS"})
 }
 
 func (e *examination) checkPublication(ctx context.Context) {
-	names := tableChecks[6:]
+	names := tableChecks[7:]
 	faults, err := e.Config.Table.PublicationFaults(ctx, e.sql)
 	if !e.judge(names[0], err) {
 		e.skip("the publication could not be looked at", names[1:]...)

@@ -71,11 +71,15 @@ func (a Admin) Replay(ctx context.Context, r Replay) error {
 			r.Run = newRun(r.To)
 		}
 		r.IDs = unique(r.IDs)
-		kinds, err := a.Table.Chosen(ctx, conn, r.Selection)
+		layout, err := a.Table.ReadLayout(ctx, conn)
 		if err != nil {
 			return err
 		}
-		total := a.tellChosen(r, kinds)
+		a.Table = a.Table.As(layout)
+		total, err := a.tellChosen(ctx, conn, r)
+		if err != nil {
+			return err
+		}
 		if err := a.tellMissing(ctx, conn, r); err != nil || r.DryRun || total == 0 {
 			return err
 		}
@@ -89,21 +93,22 @@ func (a Admin) Replay(ctx context.Context, r Replay) error {
 }
 
 // tellChosen prints what is chosen, and returns how many rows that are.
-func (a Admin) tellChosen(r Replay, kinds []outbox.Kind) (total int64) {
-	first, last := "", ""
+func (a Admin) tellChosen(ctx context.Context, conn *pgx.Conn, r Replay) (total int64, err error) {
+	kinds, err := a.Table.Chosen(ctx, conn, r.Selection)
+	if err != nil {
+		return 0, err
+	}
 	for _, k := range kinds {
 		total += k.Rows
-		if first == "" || k.First < first {
-			first = k.First
-		}
-		last = max(last, k.Last)
 		fmt.Fprintf(a.Out, "%12s  %s %s\n", grouped(k.Rows), printable(k.AggregateType), printable(k.EventType))
 	}
 	fmt.Fprintf(a.Out, "%12s  %s\n", grouped(total), "in all, created before "+r.To.UTC().Format(time.RFC3339Nano))
-	if total > 0 {
-		fmt.Fprintf(a.Out, "%12s  %s\n%12s  %s\n", "first", first, "last", last)
+	if total == 0 {
+		return 0, nil
 	}
-	return total
+	first, last, err := a.Table.Bounds(ctx, conn, r.Selection)
+	fmt.Fprintf(a.Out, "%12s  %s\n%12s  %s\n", "first", first, "last", last)
+	return total, err
 }
 
 // tellMissing names ids that were asked for and are not chosen.

@@ -106,8 +106,10 @@ type RowsStatus struct {
 
 // LeftoversStatus counts the rows of outbox_relay_leftovers, up to 10,000 each.
 type LeftoversStatus struct {
-	Waiting int `json:"waiting"` // outcomes of rows that the application holds locked
-	Kept    int `json:"kept"`    // rejected events whose row is gone
+	Waiting int     `json:"waiting"` // outcomes to be written later
+	Refused int     `json:"refused"` // those of them that Postgres has refused to write
+	Refusal *string `json:"refusal"` // why, of one of these
+	Kept    int     `json:"kept"`    // rejected events whose row is gone
 }
 
 // BatchStatus is rows that are published from the table: of a backfill, a retry
@@ -186,7 +188,10 @@ func (a Admin) read(ctx context.Context) (Status, error) {
 // take fills in how far the relay has come.
 func (s *Status) take(slot string, p outbox.Progress) {
 	s.At = p.At.UTC()
-	s.Leftovers = LeftoversStatus{Waiting: p.Waiting, Kept: p.Kept}
+	s.Leftovers = LeftoversStatus{Waiting: p.Waiting, Refused: p.Refused, Kept: p.Kept}
+	if p.Refused > 0 {
+		s.Leftovers.Refusal = &p.Refusal
+	}
 	if p.Slot != nil {
 		s.Slot = &SlotStatus{Name: slot, Plugin: p.Slot.Plugin, Active: p.Slot.Active, WALStatus: p.Slot.WALStatus,
 			SafeWALSize: p.Slot.SafeWALSize, RestartLSN: p.Slot.RestartLSN, ConfirmedLSN: p.Slot.ConfirmedLSN,
@@ -393,8 +398,12 @@ func (s *Status) rowProblems(add func(what, remedy string)) {
 	if s.Leftovers.Kept > 0 {
 		add(fmt.Sprintf("%s of rejected events stand in outbox_relay_leftovers: their rows were deleted", rows(int64(s.Leftovers.Kept))), "look at them, then delete them there")
 	}
-	if s.Leftovers.Waiting > 0 {
-		add(rowsAre(int64(s.Leftovers.Waiting))+" locked by the application: their outcome is written later", "end the transactions that hold them")
+	if l := s.Leftovers; l.Refusal != nil {
+		add(fmt.Sprintf("Postgres refuses to write the outcome of %s: %s", rows(int64(l.Refused)), *l.Refusal),
+			"change the trigger, constraint or foreign key that refuses it: the relay tries again once a minute")
+	}
+	if n := s.Leftovers.Waiting - s.Leftovers.Refused; n > 0 {
+		add(rowsAre(int64(n))+" locked by the application: their outcome is written later", "end the transactions that hold them")
 	}
 }
 

@@ -58,7 +58,7 @@ func TestLongHousekeepingIsTold(t *testing.T) {
 	t.Parallel()
 	e := newPartitionedEnds(t)
 	// At its second call it reads partitions for long.
-	e.exec(t, `create table calls (n int); insert into calls values (0)`)
+	e.exec(t, `create table calls (n int primary key); insert into calls values (0)`)
 	e.exec(t, `create or replace function outbox_relay_drop_partitions(outbox regclass, older interval) returns setof text as $$
 		begin
 			update public.calls set n = n + 1;

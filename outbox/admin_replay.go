@@ -47,7 +47,7 @@ func (s Selection) where(t Table) (condition string, args pgx.NamedArgs) {
 		add(t.id("e")+" = any (@ids)", "ids", s.IDs)
 	}
 	if s.After != "" {
-		add(t.id("e")+" > @after", "after", s.After)
+		add(t.order()+" > "+t.ordered("@after"), "after", s.After)
 	}
 	return strings.Join(parts, " and "), args
 }
@@ -56,13 +56,12 @@ func (s Selection) where(t Table) (condition string, args pgx.NamedArgs) {
 type Kind struct {
 	AggregateType, EventType string
 	Rows                     int64
-	First, Last              string // ids
 }
 
 // Chosen counts the chosen rows by their types.
 func (t Table) Chosen(ctx context.Context, conn *pgx.Conn, s Selection) ([]Kind, error) {
 	where, args := s.where(t)
-	rows, err := conn.Query(ctx, `select e.`+t.column("aggregate_type")+`::text, e.`+t.column("event_type")+`::text, count(*), min(`+t.id("e")+`), max(`+t.id("e")+`)
+	rows, err := conn.Query(ctx, `select e.`+t.column("aggregate_type")+`::text, e.`+t.column("event_type")+`::text, count(*)
 		from `+t.String()+` e where `+where+` group by 1, 2 order by 1, 2`, args)
 	if err != nil {
 		return nil, fmt.Errorf("count rows of %s: %w", t, err)
@@ -74,11 +73,23 @@ func (t Table) Chosen(ctx context.Context, conn *pgx.Conn, s Selection) ([]Kind,
 	return kinds, nil
 }
 
+// Bounds returns the first and the last id of the selection; none where it is empty.
+func (t Table) Bounds(ctx context.Context, conn *pgx.Conn, s Selection) (first, last string, err error) {
+	where, args := s.where(t)
+	bound := func(direction string) string {
+		return `coalesce((select ` + t.id("e") + ` from ` + t.String() + ` e where ` + where + ` order by ` + t.order() + direction + ` limit 1), '')`
+	}
+	if err := conn.QueryRow(ctx, `select `+bound("")+`, `+bound(" desc"), args).Scan(&first, &last); err != nil {
+		return "", "", fmt.Errorf("read ids of %s: %w", t, err)
+	}
+	return first, last, nil
+}
+
 // NextChosen reads the ids of the next rows of the selection, in their order.
 func (t Table) NextChosen(ctx context.Context, conn *pgx.Conn, s Selection, limit int) ([]string, error) {
 	where, args := s.where(t)
 	args["limit"] = limit
-	rows, err := conn.Query(ctx, `select `+t.id("e")+` from `+t.String()+` e where `+where+` order by `+t.id("e")+` limit @limit`, args)
+	rows, err := conn.Query(ctx, `select `+t.id("e")+` from `+t.String()+` e where `+where+` order by `+t.order()+` limit @limit`, args)
 	if err != nil {
 		return nil, fmt.Errorf("read ids of %s: %w", t, err)
 	}

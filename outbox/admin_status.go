@@ -54,8 +54,10 @@ type Progress struct {
 	Slot       *SlotState
 	Checkpoint *CheckpointState
 	Batch      *BatchState
-	Waiting    int // outcomes of rows that the application held locked, to be written later
-	Kept       int // rejected events whose row is gone
+	Waiting    int    // outcomes to be written later: the application holds the row locked, or Postgres refuses to change it
+	Refused    int    // those of them that Postgres has refused to write
+	Refusal    string // why, of one of these
+	Kept       int    // rejected events whose row is gone
 }
 
 // maxLeftovers bounds what is counted of the leftovers.
@@ -66,8 +68,10 @@ func (t Table) Progress(ctx context.Context, conn *pgx.Conn) (Progress, error) {
 	p := Progress{Slot: &SlotState{}, Checkpoint: &CheckpointState{}, Batch: &BatchState{}}
 	err := conn.QueryRow(ctx, `select now(),
 		(select count(*) from (select from `+t.leftovers()+` where slot = $1 and waiting limit $2) l),
+		(select count(*) from (select from `+t.leftovers()+` where slot = $1 and waiting and refused is not null limit $2) l),
+		coalesce((select id || ': ' || refused from `+t.leftovers()+` where slot = $1 and waiting and refused is not null limit 1), ''),
 		(select count(*) from (select from `+t.leftovers()+` where slot = $1 and not waiting limit $2) l)`, t.Slot, maxLeftovers).
-		Scan(&p.At, &p.Waiting, &p.Kept)
+		Scan(&p.At, &p.Waiting, &p.Refused, &p.Refusal, &p.Kept)
 	if err != nil {
 		return p, fmt.Errorf("count the leftovers of slot %s: %w", t.Slot, err)
 	}
@@ -150,10 +154,10 @@ func (t Table) Census(ctx context.Context, conn *pgx.Conn) (Census, error) {
 	var c Census
 	var older, olderPublished int64
 	err := conn.QueryRow(ctx, `with newest as materialized (
-			select `+t.id("e")+` as id, status, `+t.column("created_at")+` as created_at from `+t.String()+` e
-			order by `+t.id("e")+` desc limit $2
+			select `+t.order()+` as id, status, `+t.column("created_at")+` as created_at from `+t.String()+` e
+			order by `+t.order()+` desc limit $2
 		), counted as materialized (
-			select count(*) as rows, min(id) as edge,
+			select count(*) as rows, (select id from newest order by id limit 1) as edge,
 				count(*) filter (where status = 'pending') as pending,
 				count(*) filter (where status = 'published') as published,
 				min(created_at) filter (where status = 'pending') as oldest
@@ -171,9 +175,9 @@ func (t Table) Census(ctx context.Context, conn *pgx.Conn) (Census, error) {
 			from every, counted,
 				generate_series(floor(start * step)::bigint, longest - 1, step) as page,
 				lateral (select
-						count(*) filter (where status = 'pending' and `+t.id("e")+` < edge) as pending,
-						count(*) filter (where status = 'published' and `+t.id("e")+` < edge) as published,
-						min(`+t.column("created_at")+`) filter (where status = 'pending' and `+t.id("e")+` < edge) as oldest
+						count(*) filter (where status = 'pending' and `+t.order()+` < edge) as pending,
+						count(*) filter (where status = 'published' and `+t.order()+` < edge) as published,
+						min(`+t.column("created_at")+`) filter (where status = 'pending' and `+t.order()+` < edge) as oldest
 					from `+t.String()+` e
 					where ctid >= format('(%s,0)', page)::tid and ctid < format('(%s,0)', page + 1)::tid) as sample
 		)

@@ -95,13 +95,19 @@ func (b *Backlog) read(ctx context.Context) error {
 	for id, n := range b.Retried {
 		retried, attempts = append(retried, id), append(attempts, n)
 	}
+	args := pgx.NamedArgs{"known": known, "retried": retried, "attempts": attempts, "slot": b.table.Slot}
+	behind := ""
+	if b.After != "" {
+		behind, args["after"] = " and "+b.table.order()+" > "+b.table.ordered("@after"), b.After
+	}
 	var err error
 	b.rows, err = b.conn.Query(ctx, `select id from (
-			select `+b.table.id("e")+` as id, e.retried_attempts from `+b.table.String()+` e where e.status = 'pending' and `+b.table.id("e")+` > $1
-			except select id, attempts from unnest($3::text[], $4::int[]) as r(id, attempts)) as pending
-		except select unnest($2::text[])
-		except select id from `+b.table.leftovers()+` where slot = $5
-		order by id`, b.After, known, retried, attempts, b.table.Slot)
+			select id from (
+				select `+b.table.id("e")+` as id, e.retried_attempts from `+b.table.String()+` e where e.status = 'pending'`+behind+`
+				except select id, attempts from unnest(@retried::text[], @attempts::int[]) as r(id, attempts)) as pending
+			except select unnest(@known::text[])
+			except select id from `+b.table.leftovers()+` where slot = @slot) as left_over
+		order by `+b.table.ordered("id"), args)
 	if err != nil {
 		return fmt.Errorf("read the backlog of %s: %w", b.table, err)
 	}

@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"cmp"
 	"slices"
 	"strings"
 
@@ -16,6 +17,9 @@ type Columns struct {
 	// Payload is the type of the payload, as format_type has it: Layout says it.
 	// Empty: jsonb.
 	Payload string
+	// ID is the type of the id, with its collation unless that is the database's: what
+	// the order of the rows is by. Layout says it. Empty: text.
+	ID string
 }
 
 // Field is a column and where its value goes.
@@ -124,6 +128,15 @@ func (t Table) column(usual string) string { return pgx.Identifier{t.Columns.Nam
 // text that pgoutput sends. Where the type is none of text, migrate has made an
 // index on this very expression.
 func (t Table) id(row string) string { return row + "." + t.column("id") + "::text" }
+
+// order is what the rows e are in order by: the id as its own type has it. Its text
+// would have 10 before 9, and a collation of its own before the column's.
+func (t Table) order() string { return "e." + t.column("id") }
+
+// ordered is the expression of an id's text as a value whose order is that of the rows.
+func (t Table) ordered(text string) string {
+	return "(" + text + "::" + cmp.Or(t.Columns.ID, "text") + ")"
+}
 
 // value is a column as pgoutput sends it, given the settings that the session is
 // pinned to; but bytea as its bytes.

@@ -178,36 +178,42 @@ func (g grant) missing(ctx context.Context, conn *pgx.Conn) (lacks []string, err
 	return lacks, err
 }
 
-// Surroundings is what stands around the table that is not the relay's own.
-type Surroundings struct {
-	RowSecurity bool   // rows can be hidden from the role
-	Trigger     string // that migrate makes: on_<table>_create
-	Triggered   bool   // it is there
-	Enabled     bool   // and fires for inserts
+// Trigger is the one that migrate makes, which fills what is new in a row.
+type Trigger struct {
+	Name        string // on_<table>_create
+	There       bool
+	Enabled     bool   // it fires for inserts
+	Function    string // that it calls, for SQL
+	Unqualified bool   // the function finds gen_random_ulid() by the search_path of whoever inserts
 }
 
-// ReadSurroundings looks around the table.
-func (t Table) ReadSurroundings(ctx context.Context, conn *pgx.Conn) (s Surroundings, err error) {
-	s.Trigger = "on_" + t.Name + "_create"
-	err = conn.QueryRow(ctx, `select row_security_active(c.oid),
-			g.oid is not null, coalesce(g.tgenabled in ('O', 'A'), false)
+// ReadTrigger looks at the table's trigger.
+func (t Table) ReadTrigger(ctx context.Context, conn *pgx.Conn) (g Trigger, err error) {
+	g.Name = "on_" + t.Name + "_create"
+	err = conn.QueryRow(ctx, `select g.oid is not null, coalesce(g.tgenabled in ('O', 'A'), false), coalesce(f.oid::pg_catalog.regprocedure::text, ''),
+			coalesce(pg_catalog.regexp_replace(f.prosrc, '--[^\n]*', '', 'g') ~ '(^|[^."[:alnum:]_])gen_random_ulid[[:space:]]*[(]', false)
+				and not exists (select from unnest(f.proconfig) as c where c like 'search_path=%')
 		from pg_catalog.pg_class c left join pg_catalog.pg_trigger g on g.tgrelid = c.oid and g.tgname = $2
-		where c.oid = pg_catalog.to_regclass($1)`, t.String(), s.Trigger).
-		Scan(&s.RowSecurity, &s.Triggered, &s.Enabled)
+			left join pg_catalog.pg_proc f on f.oid = g.tgfoid
+		where c.oid = pg_catalog.to_regclass($1)`, t.String(), g.Name).
+		Scan(&g.There, &g.Enabled, &g.Function, &g.Unqualified)
 	if err != nil {
-		return s, fmt.Errorf("look around table %s: %w", t, err)
+		return g, fmt.Errorf("look at the trigger of table %s: %w", t, err)
 	}
-	return s, nil
+	return g, nil
 }
 
-// CheckIdentity asks Postgres whether it takes the relay's changes of a row, by
-// having it plan them. It refuses them, as those of everybody, where another
+// CheckIdentity asks Postgres whether it takes the relay's changes of a row, and of what
+// the relay has for itself, by having it plan them. It refuses them, as those of everybody, where another
 // publication publishes updates or deletes of the table, and the table has no
 // replica identity, or the publication does not list its columns.
 func (t Table) CheckIdentity(ctx context.Context, conn *pgx.Conn) error {
 	statements := []string{`update ` + t.String() + ` e set status = status where ` + t.id("e") + ` = ''`}
 	if t.Mode == Delete {
 		statements = append(statements, `delete from `+t.String()+` e where `+t.id("e")+` = ''`)
+	}
+	for _, own := range t.ownTables() {
+		statements = append(statements, `update `+own+` set slot = slot where slot = ''`)
 	}
 	for _, statement := range statements {
 		_, err := conn.Exec(ctx, `explain `+statement)

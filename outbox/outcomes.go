@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -24,7 +25,9 @@ type Recorded struct {
 	PublishedLocked int // rows that the application holds locked: written later, from the leftovers
 	Failed          int // rows marked as failed
 	FailedLocked    int
+	Unchanged       int // rows that were free, and that writing their outcome did not change: kept in the leftovers
 	Astray          int // rows that are not in the partition that their id tells: looked for in all later, from the leftovers
+	Held            int // outcomes that were kept in the leftovers without a look at their rows
 	Kept            int // rejected events whose row is gone: kept whole in the leftovers
 	sent            int
 }
@@ -34,12 +37,15 @@ func (r Recorded) Locked() int { return r.PublishedLocked + r.FailedLocked }
 
 // Answered counts the published rows that the application had deleted or
 // changed before they were recorded.
-func (r Recorded) Answered() int { return max(0, r.sent-r.Published-r.PublishedLocked-r.Astray) }
+func (r Recorded) Answered() int {
+	return max(0, r.sent-r.Published-r.PublishedLocked-r.Unchanged-r.Astray)
+}
 
 // Outcomes returns the SQL that records what became of the events of a batch,
 // to be carried out together with the checkpoint. It tells apart, in one
 // statement, rows that are free, that the application holds locked (the outcome
-// becomes a leftover), and that are gone or no longer pending (an answer). All
+// becomes a leftover), and that are gone or no longer pending (an answer). A trigger
+// can swallow a write, or take it back: what Postgres returns of the row says so. All
 // rows must be visible: see Snapshot.
 func (t Table) Outcomes(items []checkpoint.Item, r *Recorded) (checkpoint.Effects, error) {
 	var published, failed, reasons, events []string
@@ -72,14 +78,23 @@ func (t Table) Outcomes(items []checkpoint.Item, r *Recorded) (checkpoint.Effect
 func (t Table) recordPublished(e *checkpoint.Effects, ids []string, r *Recorded) {
 	sent := t.newList(e.Args, "sent", ids)
 	e.CTE += sent.with(t.lock()) + fmt.Sprintf(`,
-		written as (%s returning 1),
+		written as (%s),
 		locked as (insert into %s (slot, id, outcome)
 			select @slot, id, 'published' from sent where status = 'pending' and not free or %s
-			on conflict (slot, id) do nothing returning 1)`, t.published(sent, "free"), t.leftovers(), sent.astray())
-	e.Result += `, (select count(*) from written), (select count(*) from sent where status = 'pending' and not free),
+			union all select @slot, id, 'published' from (%s) as unchanged
+			on conflict (slot, id) do nothing returning 1)`, t.published(sent, "free"), t.leftovers(), sent.astray(), unchanged("sent", "written"))
+	e.Result += `, (select count(*) from written where done), (select count(*) from sent where status = 'pending' and not free),
+		(select count(*) from sent where free) - (select count(*) from written where done),
 		(select count(*) from sent where ` + sent.astray() + `)`
-	e.Dest = append(e.Dest, &r.Published, &r.PublishedLocked, &r.Astray)
+	e.Dest = append(e.Dest, &r.Published, &r.PublishedLocked, &r.Unchanged, &r.Astray)
 	r.sent = len(ids)
+}
+
+// unchanged selects the ids of a list whose rows were free and are not among those that
+// the other expression has written. It compares ids only where there are fewer of them.
+func unchanged(list, written string) string {
+	return fmt.Sprintf(`select id from (select id from %[1]s where free except select id from %[2]s where done) as u
+		where (select count(*) from %[2]s where done) < (select count(*) from %[1]s where free)`, list, written)
 }
 
 // lock is what published needs. A deletion waits for a foreign key's lock too, so
@@ -91,12 +106,14 @@ func (t Table) lock() string {
 	return "no key update"
 }
 
-// published writes the outcome of those rows of a list that the condition holds for.
+// published writes the outcome of those rows of a list that the condition holds for. It
+// returns their ids, and whether that is done: a trigger can have changed the row's status.
 func (t Table) published(l *list, condition string) string {
 	if t.Mode == Delete {
-		return fmt.Sprintf(`delete from %s e where %s`, t, l.isIn(condition))
+		return fmt.Sprintf(`delete from %s e where %s returning %s as id, true as done`, t, l.isIn(condition), t.id("e"))
 	}
-	return fmt.Sprintf(`update %s e set status = 'published', published_at = now() where %s`, t, l.isIn(condition))
+	return fmt.Sprintf(`update %s e set status = 'published', published_at = now() where %s returning %s as id, e.status = 'published' as done`,
+		t, l.isIn(condition), t.id("e"))
 }
 
 // An orphan can be noted already, without the event, by Park. DISTINCT ON: one
@@ -106,37 +123,73 @@ func (t Table) recordFailed(e *checkpoint.Effects, ids, reasons, events []string
 	bad.add("reason", reasons)
 	bad.add("event", events)
 	e.CTE += bad.with("no key update") + fmt.Sprintf(`,
-		parked as (%[1]s returning 1),
+		parked as (%[1]s),
 		badlocked as (insert into %[2]s (slot, id, outcome, reason, event)
-			select @slot, id, 'failed', reason, event::jsonb from bad where status = 'pending' and not free or %[3]s
+			select @slot, id, 'failed', reason, event::jsonb from bad
+				where status = 'pending' and not free or %[3]s or id in (%[5]s)
 			on conflict (slot, id) do nothing returning 1),
 		orphans as (insert into %[2]s as l (slot, id, outcome, reason, event, waiting)
 			select distinct on (id) @slot, id, 'failed', reason, event::jsonb, false from bad where %[4]s
 			on conflict (slot, id) do update set event = excluded.event where l.outcome = 'failed' and l.event is null returning 1)`,
-		t.failed(bad, "free"), t.leftovers(), bad.astray(), bad.gone())
-	e.Result += `, (select count(*) from parked), (select count(*) from badlocked), (select count(*) from orphans)`
+		t.failed(bad, "free"), t.leftovers(), bad.astray(), bad.gone(), unchanged("bad", "parked"))
+	e.Result += `, (select count(*) from parked where done), (select count(*) from badlocked), (select count(*) from orphans)`
 	e.Dest = append(e.Dest, &r.Failed, &r.FailedLocked, &r.Kept)
 }
 
 // failed writes the outcome, with its reason, of those rows of a list that the condition
-// holds for.
+// holds for. It returns what published does.
 func (t Table) failed(l *list, condition string) string {
 	return fmt.Sprintf(`update %[1]s e set status = 'failed', failed_at = now(), failed_attempts = e.failed_attempts + 1,
-		failed_reasons = array_append(e.failed_reasons, (select jsonb_object(@%[2]s_id::text[], @%[2]s_reason::text[])) ->> (%[3]s)) where %[4]s`,
+		failed_reasons = array_append(e.failed_reasons, (select jsonb_object(@%[2]s_id::text[], @%[2]s_reason::text[])) ->> (%[3]s)) where %[4]s
+		returning %[3]s as id, e.status = 'failed' as done`,
 		t, l.name, t.id("e"), l.isIn(condition))
 }
 
-// Leftover is an outcome that waits until the application lets go of the row.
+// Held returns the SQL that keeps the outcomes of a batch in the leftovers, and touches
+// none of its rows: for a batch whose rows Postgres refuses to change.
+func (t Table) Held(items []checkpoint.Item) (checkpoint.Effects, error) {
+	var ids, outcomes, reasons, events []*string
+	for _, item := range items {
+		id, outcome := string(item.ID), "published"
+		var reason, event *string
+		switch {
+		case item.Outcome == checkpoint.Skipped, item.Outcome == checkpoint.Stored && t.Mode == Keep:
+			continue
+		case item.Outcome == checkpoint.Parked:
+			rejected := item.Detail.(*Rejected)
+			whole, err := rejected.Event.whole(t.Columns)
+			if err != nil {
+				return checkpoint.Effects{}, err
+			}
+			outcome, reason, event = "failed", &rejected.Reason, &whole
+		}
+		ids, outcomes, reasons, events = append(ids, &id), append(outcomes, &outcome), append(reasons, reason), append(events, event)
+	}
+	return checkpoint.Effects{
+		CTE: `, held as (insert into ` + t.leftovers() + ` (slot, id, outcome, reason, event)
+			select distinct on (id) @slot, id, outcome, reason, event::jsonb
+			from advanced, unnest(@ids::text[], @outcomes::text[], @reasons::text[], @events::text[]) as h(id, outcome, reason, event)
+			on conflict (slot, id) do nothing)`,
+		Args: pgx.NamedArgs{"ids": ids, "outcomes": outcomes, "reasons": reasons, "events": events},
+	}, nil
+}
+
+// Leftover is an outcome that waits: the application holds the row locked, or Postgres
+// refuses to change it.
 type Leftover struct {
 	ID, Outcome, Reason string
+	Refused             bool // not long ago
 }
+
+// refusalPause is how long a row is left alone that Postgres has refused to change.
+const refusalPause = time.Minute
 
 // NextLeftovers reads the next outcomes that wait, at most limit and no more than one
 // statement is to write, in the order of ids behind after. last says that there are no
 // more.
 func (t Table) NextLeftovers(ctx context.Context, conn *pgx.Conn, after string, limit int) (next []Leftover, last bool, err error) {
-	rows, err := conn.Query(ctx, `select id, outcome, coalesce(reason, '') from `+t.leftovers()+`
-		where slot = $1 and id > $2 and waiting order by id limit $3`, t.Slot, after, limit)
+	rows, err := conn.Query(ctx, `select id, outcome, coalesce(reason, ''), coalesce(refused_at > now() - $4::interval, false) from `+t.leftovers()+`
+		where slot = $1 and id > $2 and waiting order by id limit $3`, t.Slot, after, limit, refusalPause)
 	if err != nil {
 		return nil, false, fmt.Errorf("read the leftovers of slot %s: %w", t.Slot, err)
 	}
@@ -154,8 +207,9 @@ func (t Table) NextLeftovers(ctx context.Context, conn *pgx.Conn, after string, 
 
 // LeftoversWritten is what came of writing leftovers.
 type LeftoversWritten struct {
-	Done   int      // written, answered by the application, or of an event whose row is gone
-	Astray []string // ids of rows that are not in the partition that their id tells
+	Done      int      // written, answered by the application, or of an event whose row is gone
+	Unchanged []string // ids of rows that were free, and that writing did not change
+	Astray    []string // ids of rows that are not in the partition that their id tells
 }
 
 // WriteLeftovers returns the SQL that writes these outcomes as far as their rows are
@@ -165,20 +219,33 @@ func (t Table) WriteLeftovers(leftovers []Leftover, w *LeftoversWritten) checkpo
 	for _, l := range leftovers {
 		ids, outcomes, reasons = append(ids, l.ID), append(outcomes, l.Outcome), append(reasons, l.Reason)
 	}
-	e := checkpoint.Effects{Args: pgx.NamedArgs{}, Dest: []any{&w.Done, &w.Astray}}
+	e := checkpoint.Effects{Args: pgx.NamedArgs{}, Dest: []any{&w.Done, &w.Unchanged, &w.Astray}}
 	due := t.newList(e.Args, "due", ids)
 	due.add("outcome", outcomes)
 	due.add("reason", reasons)
 	e.CTE = due.with(t.lock()) + fmt.Sprintf(`,
-		written as (%[1]s returning 1),
-		parked as (%[2]s returning 1),
+		written as (%[1]s),
+		parked as (%[2]s),
+		outcomes as (select * from written union all select * from parked),
 		orphans as (update %[3]s set waiting = false where slot = @slot
 			and id = any (array(select id from due where outcome = 'failed' and %[4]s)) returning 1),
 		settled as (delete from %[3]s where slot = @slot
-			and id = any (array(select id from due where free or status <> 'pending' or %[4]s and outcome = 'published')) returning 1)`,
+			and id = any (array(select id from outcomes where done
+				union all select id from due where status <> 'pending' or %[4]s and outcome = 'published')) returning 1)`,
 		t.published(due, "free and outcome = 'published'"), t.failed(due, "free and outcome = 'failed'"), t.leftovers(), due.gone())
-	e.Result = `, (select count(*) from settled) + (select count(*) from orphans), array(select id from due where ` + due.astray() + `)`
+	e.Result = `, (select count(*) from settled) + (select count(*) from orphans), array(` + unchanged("due", "outcomes") + `),
+		array(select id from due where ` + due.astray() + `)`
 	return e
+}
+
+// Refused returns the SQL that notes why Postgres does not change these rows, whose
+// outcomes go on waiting.
+func (t Table) Refused(ids []string, why string) checkpoint.Effects {
+	return checkpoint.Effects{
+		CTE: `, noted as (update ` + t.leftovers() + ` set refused = @why, refused_at = now()
+			where slot = @slot and id = any (@ids::text[]) and exists (select from advanced))`,
+		Args: pgx.NamedArgs{"ids": ids, "why": why},
+	}
 }
 
 // WriteLeftoversAnywhere is WriteLeftovers of a table whose ids tell nothing.

@@ -149,6 +149,7 @@ func (t Table) readPublication(ctx context.Context, conn *pgx.Conn) (p publicati
 				join pg_catalog.pg_class c on c.oid = l.relid where l.isleaf and c.relpersistence <> 'p' order by 1)
 		from pg_catalog.pg_publication p
 		left join pg_catalog.pg_publication_rel r on r.prpubid = p.oid and r.prrelid = pg_catalog.to_regclass($2)
+			and (pg_catalog.to_jsonb(r) ->> 'prexcept') is distinct from 'true' -- of 19: a table that it leaves out
 		where p.pubname = $1`, t.Publication, t.String()).
 		Scan(&p.all, &p.inserts, &p.more, &p.root, &p.member, &p.filter, &p.chosen, &p.listed, &p.unlogged)
 	return p, err

@@ -12,9 +12,10 @@ import (
 
 // Removal is one step of a walk through the table, in the order of ids.
 type Removal struct {
-	Walked  int    // rows looked at
-	Removed int    // those of them that went
-	Last    string // id of the last row looked at: where the next step begins
+	Walked    int    // rows looked at
+	Removed   int    // those of them that went
+	Unchanged int    // those that were to go, and did not: a trigger swallows that
+	Last      string // id of the last row looked at: where the next step begins
 	// End says that no row behind Last is old enough: there is none, or the ids
 	// are ULIDs, and say when each was made.
 	End bool
@@ -42,12 +43,12 @@ func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string
 				and %[5]s not in (select unnest(ids[done + 1:]) from %[4]s)
 			for update of e skip locked),
 		removed as (delete from %[1]s e where %[5]s = any (array(select id from old)) returning 1)
-		select (select count(*) from walked), (select count(*) from removed), now() - $2::interval,
+		select (select count(*) from walked), (select count(*) from removed), (select count(*) from old) - (select count(*) from removed), now() - $2::interval,
 			last.id, last.created_at, final.id, final.created_at
 		from (select id, created_at from walked order by id desc limit 1) last,
 			(select %[5]s as id, %[6]s as created_at from %[1]s e order by %[5]s desc limit 1) final`,
 		t, limit, t.leftovers(), t.own("outbox_relay_batches"), t.id("e"), t.column("created_at")), after, age).
-		Scan(&r.Walked, &r.Removed, &cutoff, &last.id, &last.at, &final.id, &final.at)
+		Scan(&r.Walked, &r.Removed, &r.Unchanged, &cutoff, &last.id, &last.at, &final.id, &final.at)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows): // nothing is behind after
 		return Removal{Last: after, End: true}, nil
@@ -57,6 +58,15 @@ func (t Table) RemovePublished(ctx context.Context, conn *pgx.Conn, after string
 	r.Last = last.id
 	r.End = r.Walked < limit || noneOlder(last, final, cutoff)
 	return r, nil
+}
+
+// NextID returns the next id behind after that a pass comes to.
+func (t Table) NextID(ctx context.Context, conn *pgx.Conn, after string) (id string, err error) {
+	err = conn.QueryRow(ctx, `select `+t.id("e")+` from `+t.String()+` e where `+t.id("e")+` > $1 order by `+t.id("e")+` limit 1`, after).Scan(&id)
+	if err != nil {
+		return "", fmt.Errorf("read the next id of %s: %w", t, err)
+	}
+	return id, nil
 }
 
 // TimePartitioned reports whether the table is partitioned by range of a time, so

@@ -26,12 +26,18 @@ type Failure struct {
 // behind the place after, without those whose ids are in except. It finds them by
 // the index on failed_at.
 func (r Retries) Due(ctx context.Context, conn *pgx.Conn, t Table, after Failure, except []string, limit int) ([]Failure, error) {
+	args := pgx.NamedArgs{"backoff": r.Backoff, "attempts": r.Attempts, "except": except}
+	behind := ""
+	if after.ID != "" {
+		behind = fmt.Sprintf(" and (failed_at, %s) > (@at, %s)", t.order(), t.ordered("@after"))
+		args["at"], args["after"] = after.At, after.ID
+	}
 	rows, err := conn.Query(ctx, fmt.Sprintf(`select %[3]s, failed_at from %[1]s e
-		where (failed_at, %[3]s) > ($1, $2) and failed_at <= now() - $3::interval and status = 'failed'
-			and retried_attempts < $4
-			and extract(epoch from now() - failed_at) >= extract(epoch from $3::interval) * 2 ^ least(retried_attempts, 100)
-			and %[3]s <> all (coalesce($5::text[], '{}'))
-		order by failed_at, %[3]s limit %[2]d`, t, limit, t.id("e")), after.At, after.ID, r.Backoff, r.Attempts, except)
+		where failed_at <= now() - @backoff::interval and status = 'failed'%[5]s
+			and retried_attempts < @attempts
+			and extract(epoch from now() - failed_at) >= extract(epoch from @backoff::interval) * 2 ^ least(retried_attempts, 100)
+			and %[3]s <> all (coalesce(@except::text[], '{}'))
+		order by failed_at, %[4]s limit %[2]d`, t, limit, t.id("e"), t.order(), behind), args)
 	if err != nil {
 		return nil, fmt.Errorf("look for failed rows of %s: %w", t, err)
 	}

@@ -37,7 +37,7 @@ type Table struct {
 
 // As returns the table as the catalog has it.
 func (t Table) As(l Layout) Table {
-	t.Columns.Payload, t.ByTime = l.Payload, l.ByTime
+	t.Columns.Payload, t.Columns.ID, t.ByTime = l.Payload, l.ID, l.ByTime
 	return t
 }
 
@@ -55,6 +55,7 @@ type Layout struct {
 	OID     uint32
 	Columns map[string]bool // all that the table has
 	Payload string          // the type of the payload
+	ID      string          // the type of the id, as Columns has it
 	ByTime  bool            // see Table
 }
 
@@ -68,6 +69,12 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	if err == nil {
 		err = t.CheckPartitionKey(ctx, conn)
 	}
+	if err == nil {
+		err = t.CheckRowSecurity(ctx, conn)
+	}
+	if err == nil {
+		err = t.CheckRules(ctx, conn)
+	}
 	return l, err
 }
 
@@ -76,6 +83,9 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	l := Layout{Columns: map[string]bool{}}
 	rows, err := conn.Query(ctx, `select a.attrelid, a.attname, pg_catalog.format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null),
+			coalesce((select ' collate ' || pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.collname)
+				from pg_catalog.pg_collation c join pg_catalog.pg_namespace n on n.oid = c.collnamespace
+				where c.oid = a.attcollation and c.oid <> 'pg_catalog.default'::regcollation), ''),
 			exists (select from pg_catalog.pg_partitioned_table p where p.partrelid = a.attrelid and p.partstrat = 'r'
 				and p.partnatts = 1 and p.partattrs[0] = a.attnum)
 		from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
@@ -83,11 +93,14 @@ func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	if err != nil {
 		return l, fmt.Errorf("read the columns of %s: %w", t, err)
 	}
-	var column, kind string
+	var column, kind, collate string
 	var key bool
 	types := map[string]string{}
-	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind, &key}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind, &collate, &key}, func() error {
 		l.Columns[column] = true
+		if column == t.Columns.Name("id") {
+			l.ID = kind + collate
+		}
 		types[column] = kind
 		l.ByTime = l.ByTime || key && column == t.Columns.Name("created_at") && kind == "timestamp with time zone"
 		return nil
@@ -118,6 +131,46 @@ func (t Table) CheckPartitionKey(ctx context.Context, conn *pgx.Conn) error {
 		return fmt.Errorf("read how %s is partitioned: %w", t, err)
 	}
 	return nil
+}
+
+// CheckRowSecurity refuses a role that row level security keeps from seeing every row: what
+// it does not see it would take for deleted, or for published. The relay's sessions have
+// row_security off besides, so that Postgres refuses what a policy made later would hide.
+func (t Table) CheckRowSecurity(ctx context.Context, conn *pgx.Conn) error {
+	var filtered []string
+	var user string
+	err := conn.QueryRow(ctx, `select current_user, array(select c.oid::pg_catalog.regclass::text
+		from unnest($1::text[]) as own(name), pg_catalog.pg_class c
+		where c.oid = pg_catalog.to_regclass(own.name) and pg_catalog.row_security_active(c.oid) order by 1)`,
+		append(t.ownTables(), t.String())).Scan(&user, &filtered)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look for row level security of %s: %w", t, err)
+	case len(filtered) == 0:
+		return nil
+	}
+	sql := "ALTER ROLE " + pgx.Identifier{user}.Sanitize() + " BYPASSRLS"
+	return &fault.Error{What: fmt.Sprintf("row level security of %s hides rows from role %s", strings.Join(filtered, ", "), user),
+		Remedy: "the relay has to see every row: as a superuser, " + sql, SQL: sql}
+}
+
+// CheckRules refuses a table with a rule for what the relay does to its rows: Postgres
+// takes no such statement in WITH.
+// Source: https://www.postgresql.org/docs/current/queries-with.html
+func (t Table) CheckRules(ctx context.Context, conn *pgx.Conn) error {
+	var rule, event string
+	err := conn.QueryRow(ctx, `select rulename, case ev_type when '2' then 'UPDATE' else 'DELETE' end from pg_catalog.pg_rewrite
+		where ev_class = pg_catalog.to_regclass($1) and ev_enabled <> 'D' and (ev_type = '2' or ev_type = '4' and $2) order by 1 limit 1`,
+		t.String(), t.Mode == Delete).Scan(&rule, &event)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil
+	case err != nil:
+		return fmt.Errorf("look for rules of %s: %w", t, err)
+	}
+	sql := fmt.Sprintf("DROP RULE %s ON %s", pgx.Identifier{rule}.Sanitize(), t)
+	return &fault.Error{What: fmt.Sprintf("table %s has rule %s for %s, with which Postgres refuses to record outcomes", t, pgx.Identifier{rule}.Sanitize(), event),
+		Remedy: "do in a trigger what it does, and " + sql, SQL: sql}
 }
 
 // columnTypes are those of migrate.
@@ -178,17 +231,32 @@ func (l Layout) Lacks(names []string) []string {
 	return missing
 }
 
-// CheckOwnTables makes sure that what migrate makes for the relay itself is there.
+// ownTables are those that migrate makes for the relay itself, quoted for SQL.
+func (t Table) ownTables() []string {
+	return []string{t.own("outbox_relay_checkpoints"), t.own("outbox_relay_history"), t.own("outbox_relay_leftovers"),
+		t.own("outbox_relay_batches"), t.own("outbox_relay_backlog")}
+}
+
+// CheckOwnTables makes sure that what migrate makes for the relay itself is there, up to
+// the last column that a migration has added.
 func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {
-	for _, name := range []string{"outbox_relay_checkpoints", "outbox_relay_history", "outbox_relay_leftovers", "outbox_relay_batches", "outbox_relay_backlog"} {
+	for _, own := range t.ownTables() {
 		var there bool
-		own := pgx.Identifier{t.Schema, name}.Sanitize()
 		if err := conn.QueryRow(ctx, `select pg_catalog.to_regclass($1) is not null`, own).Scan(&there); err != nil {
 			return fmt.Errorf("look for table %s: %w", own, err)
 		}
 		if !there {
 			return &fault.Error{What: fmt.Sprintf("table %s does not exist", own), Remedy: "run `outbox-relay migrate`", Shell: "outbox-relay migrate"}
 		}
+	}
+	var current bool
+	err := conn.QueryRow(ctx, `select exists (select from pg_catalog.pg_attribute
+		where attrelid = pg_catalog.to_regclass($1) and attname = 'refused_at' and not attisdropped)`, t.leftovers()).Scan(&current)
+	switch {
+	case err != nil:
+		return fmt.Errorf("look for table %s: %w", t.leftovers(), err)
+	case !current:
+		return &fault.Error{What: fmt.Sprintf("table %s was made by an earlier release", t.leftovers()), Remedy: "run `outbox-relay migrate` of this release", Shell: "outbox-relay migrate"}
 	}
 	return nil
 }

@@ -117,8 +117,13 @@ func passesInPostgres(code string) bool {
 	return false
 }
 
-// withGrants adds the remedy where Postgres says that the role lacks a right.
+// withGrants adds the remedy where Postgres says that the role lacks a right. What a
+// function of the application's may not do is another's business: it is named.
 func withGrants(err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.Where != "" {
+		return fmt.Errorf("%w: %s", err, because(err))
+	}
 	if lacksRight(err) {
 		return fmt.Errorf("%w: grant the role what deploy/postgres/roles.sql does", err)
 	}

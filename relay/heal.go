@@ -174,11 +174,11 @@ func (s *session) settlePart(ctx context.Context, cp *checkpoint.Checkpoint, tai
 			advance.MessageID = m.ID
 		}
 	}
-	without, effects, err := s.settling(ctx, present)
+	without, items, err := s.settling(ctx, present)
 	if err != nil {
 		return err
 	}
-	if err := s.store.Advance(ctx, advance, effects); err != nil {
+	if err := s.keeping(items, func(e checkpoint.Effects) error { return s.store.Advance(ctx, advance, e) }); err != nil {
 		return err
 	}
 	cp.Sequence, cp.MessageID = advance.Sequence, advance.MessageID
@@ -199,7 +199,7 @@ func (s *session) settleStrangers(ctx context.Context, messages []sink.Stranger)
 	if len(messages) == 0 || s.table.Mode == outbox.Keep {
 		return messages, nil
 	}
-	without, effects, err := s.settling(ctx, messages)
+	without, items, err := s.settling(ctx, messages)
 	if err != nil {
 		return nil, err
 	}
@@ -208,13 +208,12 @@ func (s *session) settleStrangers(ctx context.Context, messages []sink.Stranger)
 			s.backlog.Known[m.ID] = true
 		}
 	}
-	return without, s.store.Guarded(ctx, effects)
+	return without, s.keeping(items, func(e checkpoint.Effects) error { return s.store.Guarded(ctx, e) })
 }
 
-// settling returns what records the rows of these messages as published, and the
-// messages that have none.
-func (s *session) settling(ctx context.Context, messages []sink.Stranger) (without []sink.Stranger, effects checkpoint.Effects, err error) {
-	var items []checkpoint.Item
+// settling returns the outcomes of the rows of these messages, which are published, and
+// the messages that have none.
+func (s *session) settling(ctx context.Context, messages []sink.Stranger) (without []sink.Stranger, items []checkpoint.Item, err error) {
 	ids := []string{}
 	for _, m := range messages {
 		items = append(items, checkpoint.Item{ID: []byte(m.ID), Outcome: checkpoint.Stored, Sequence: m.Sequence})
@@ -222,7 +221,7 @@ func (s *session) settling(ctx context.Context, messages []sink.Stranger) (witho
 	}
 	rowless, err := s.table.WithoutRow(ctx, s.sql, ids) // before rows are deleted
 	if err != nil {
-		return nil, effects, err
+		return nil, nil, err
 	}
 	gone := make(map[string]bool, len(rowless))
 	for _, id := range rowless {
@@ -233,6 +232,5 @@ func (s *session) settling(ctx context.Context, messages []sink.Stranger) (witho
 			without = append(without, m)
 		}
 	}
-	effects, err = s.table.Outcomes(items, &outbox.Recorded{})
-	return without, effects, err
+	return without, items, nil
 }

@@ -1,7 +1,9 @@
 package relay
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
@@ -81,6 +83,7 @@ type housekeeper struct {
 
 	byTime  *bool  // retention: whether partitions go, not rows; nil: not known yet
 	after   string // id up to which this pass has looked
+	step    int    // rows that the next step looks at; 0: removeStep
 	removed int    // rows, since that was last told
 	told    time.Time
 	noticed bool // there was one since partitions were last dropped
@@ -237,9 +240,22 @@ func (h *housekeeper) drop(ctx context.Context) (time.Duration, error) {
 // first id: rows are published, or retried, at any time after they were made.
 func (h *housekeeper) remove(ctx context.Context) (time.Duration, error) {
 	began := time.Now()
-	step, err := h.table.RemovePublished(ctx, h.conn, h.after, h.config.Retention, removeStep)
-	if err != nil {
+	limit := cmp.Or(h.step, removeStep)
+	step, err := h.table.RemovePublished(ctx, h.conn, h.after, h.config.Retention, limit)
+	switch {
+	case refuses(err) && limit > 1: // some row of these
+		h.step = max(1, limit/8)
+		return restShare * time.Since(began), nil
+	case refuses(err):
+		return restShare * time.Since(began), h.passOver(ctx, err)
+	case err != nil:
 		return 0, err
+	}
+	if step.Unchanged > 0 {
+		h.tellUnremoved(step.Last, errors.New(unchanged))
+	}
+	if h.step = 2 * limit; h.step >= removeStep {
+		h.step = 0
 	}
 	h.after = step.Last
 	h.removed += step.Removed
@@ -252,6 +268,23 @@ func (h *housekeeper) remove(ctx context.Context) (time.Duration, error) {
 		h.tell()
 	}
 	return between(h.config.Retention), nil
+}
+
+// passOver leaves alone, in this pass, the next row, which Postgres refuses to remove.
+func (h *housekeeper) passOver(ctx context.Context, refusal error) error {
+	id, err := h.table.NextID(ctx, h.conn, h.after)
+	if err != nil {
+		return err
+	}
+	h.after = id
+	h.tellUnremoved(id, refusal)
+	return nil
+}
+
+// tellUnremoved reports that rows stay which were to be removed, up to that id.
+func (h *housekeeper) tellUnremoved(id string, refusal error) {
+	h.relay.causes.unremoved.Again("Postgres refuses to remove published rows: they stay", "id", id, "error", because(refusal))
+	h.relay.causes.unremoved.Lapse("no more published rows are kept from being removed")
 }
 
 // between is the pause between two passes that look for what is so old.
@@ -317,6 +350,17 @@ func (h *housekeeper) fitting(ctx context.Context, due []outbox.Failure) ([]stri
 	return ids, nil
 }
 
+// leaveAlone keeps failed rows for a while from being retried, which Postgres refuses.
+func (h *housekeeper) leaveAlone(ids []string, refusal error) {
+	for _, id := range ids {
+		if len(h.unfit) < maxUnfit {
+			h.unfit[id] = time.Now()
+		}
+	}
+	h.relay.causes.unretried.Again("Postgres refuses to retry failed rows: they are left alone for a while", "ids", ids, "error", because(refusal))
+	h.relay.causes.unretried.Lapse("no more failed rows are kept from being retried")
+}
+
 // ask puts the rows back to pending, for the relay to publish them in the order
 // of commits.
 func (h *housekeeper) ask(ctx context.Context, ids []string) error {
@@ -324,7 +368,21 @@ func (h *housekeeper) ask(ctx context.Context, ids []string) error {
 		return nil
 	}
 	retried, err := h.table.Retry(ctx, h.conn, ids)
-	if err != nil {
+	switch {
+	case refuses(err) && len(ids) > 1: // one of them
+		for _, id := range ids {
+			if err := h.ask(ctx, []string{id}); err != nil {
+				return err
+			}
+		}
+		return nil
+	case err == nil && retried == 0:
+		err = errors.New(unchanged)
+		fallthrough
+	case refuses(err):
+		h.leaveAlone(ids, err)
+		return nil
+	case err != nil:
 		return err
 	}
 	h.relay.metrics.housekeeping.retried.Add(float64(retried))

@@ -108,7 +108,7 @@ func (s *session) tellPending(ctx context.Context) error {
 
 // openBacklog prepares to read the backlog, on a connection of its own.
 func (s *session) openBacklog(ctx context.Context) error {
-	config, err := s.relay.sqlConfig("outbox-relay backfill", nil)
+	config, err := s.relay.sqlConfig("outbox-relay backfill", map[string]string{"row_security": "off"})
 	if err != nil {
 		return err
 	}

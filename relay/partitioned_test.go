@@ -79,3 +79,30 @@ func TestOldPartitionIsDroppedUnderLoad(t *testing.T) {
 	b.requireStream(ids)
 	requireLeaves(t, r)
 }
+
+// A table with pending rows that becomes a partition brings them along without an insert:
+// they are reported. What is inserted into it then is published as ever, and a partition
+// that was made empty is nothing to report.
+func TestTableIsAttachedWithPendingRows(t *testing.T) {
+	t.Parallel()
+	b := setupEmpty(t, testenv.Postgres(t), testenv.NATSOptions{})
+	migrate := testenv.StartRelay(t, b.env, "migrate", "--partitioned")
+	if code := migrate.Wait(time.Minute); code != 0 {
+		t.Fatalf("migrate ends with %d", code)
+	}
+	b.grant()
+	r := b.streaming()
+	b.requireStream(b.insert(3))
+	b.exec(`create table other (like events including all);
+		insert into other (id, version, aggregate_type, event_type, payload, status, created_at)
+			select 'other-' || i, 0, 'order', 'created', '{}', case when i > 2 then 'pending' else 'published' end, '2020-01-01' from generate_series(1, 7) i;
+		alter table events attach partition other for values from ('2019-01-01') to ('2021-01-01');
+		create table empty partition of events for values from ('2021-01-01') to ('2022-01-01')`)
+	b.exec(`insert into events (aggregate_type, event_type, payload, created_at) select 'order', 'created', '{}', d from unnest('{2020-06-01, 2021-06-01}'::date[]) d`)
+	r.WaitLog("a table with pending rows was attached as a partition")
+	r.WaitLog("partition=public.other rows=5")
+	testenv.Eventually(t, "5 messages", func() bool { return b.last() == 5 })
+	if code := r.Terminate(); code != 0 {
+		t.Errorf("exit code %d", code)
+	}
+}

@@ -45,6 +45,8 @@ type recorder struct {
 	lastWrite time.Time
 	pending   []confirmation
 	leftovers leftovers
+	refusals  refusals
+	attached  attached
 
 	inflight func() (events, bytes int) // of the chain
 
@@ -263,12 +265,16 @@ func (r *recorder) round(ctx context.Context) (full bool, err error) {
 	if err := r.relay.vitals.look(ctx, r.table, r.sql, r.tracker.Safe); err != nil {
 		return false, err
 	}
+	if err := r.inspect(ctx, state); err != nil {
+		return false, err
+	}
 	return full, r.sweep(ctx)
 }
 
 // nextBatch is what can be recorded by one statement. full says that there may be more.
 func (r *recorder) nextBatch(state outbox.State) (b checkpoint.Batch, full bool) {
-	b = r.tracker.Batch(recordLimit, state.Snapshot.Visible)
+	limit, _ := r.refusals.next(time.Now())
+	b = r.tracker.Batch(limit, state.Snapshot.Visible)
 	n := len(b.Items)
 	if r.table.ByTime {
 		ids := make([]string, n)
@@ -279,7 +285,7 @@ func (r *recorder) nextBatch(state outbox.State) (b checkpoint.Batch, full bool)
 			return r.tracker.Batch(near, state.Snapshot.Visible), true
 		}
 	}
-	return b, n >= recordLimit
+	return b, n >= limit
 }
 
 // passedOver ends the session: what the changed publication may have passed over
@@ -356,12 +362,8 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	if advance.Batch.Source == checkpoint.Replay {
 		items = nil // their rows say what became of them
 	}
-	var recorded outbox.Recorded
-	effects, err := r.table.Outcomes(items, &recorded)
-	if err != nil {
-		return err
-	}
-	if err := r.store.Advance(ctx, advance, effects); err != nil {
+	recorded, written, err := r.advance(ctx, advance, items)
+	if err != nil || !written {
 		return err
 	}
 	r.position, r.confirm = advance.Position, max(r.confirm, b.Safe)
@@ -376,6 +378,34 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	return nil
 }
 
+// advance moves the checkpoint and writes the outcomes, or keeps them where Postgres
+// refuses to change a row. written is false where fewer of them are to be tried at once.
+func (r *recorder) advance(ctx context.Context, a checkpoint.Advance, items []checkpoint.Item) (recorded outbox.Recorded, written bool, err error) {
+	_, keep := r.refusals.next(time.Now())
+	if !keep {
+		effects, err := r.table.Outcomes(items, &recorded)
+		if err == nil {
+			err = r.store.Advance(ctx, a, effects)
+		}
+		if !refuses(err) {
+			if err == nil && len(items) > 0 {
+				r.refusals.written()
+			}
+			return recorded, err == nil, err
+		}
+		r.tellRefusal(err)
+		if !r.refusals.refused(len(items), time.Now()) {
+			r.hurry()
+			return recorded, false, nil
+		}
+	}
+	effects, err := r.table.Held(items)
+	if err == nil {
+		err = r.store.Advance(ctx, a, effects)
+	}
+	return outbox.Recorded{Held: len(items)}, err == nil, err
+}
+
 // step tells how far the items take the table's batch. Nothing else is read
 // while there is one.
 func (r *recorder) step(items []checkpoint.Item) checkpoint.BatchStep {
@@ -387,7 +417,10 @@ func (r *recorder) step(items []checkpoint.Item) checkpoint.BatchStep {
 
 func (r *recorder) tell(recorded outbox.Recorded, events int) {
 	r.relay.metrics.recorded.Add(float64(events))
-	if n := recorded.Locked() + recorded.Astray; n > 0 {
+	if recorded.Unchanged > 0 {
+		r.tellRefusal(errors.New(unchanged))
+	}
+	if n := recorded.Locked() + recorded.Astray + recorded.Unchanged + recorded.Held; n > 0 {
 		r.leftovers.add(n)
 		r.relay.metrics.leftovers.Add(float64(n))
 	}
@@ -452,8 +485,53 @@ func (r *recorder) sweep(ctx context.Context) error {
 	return err
 }
 
-// write writes leftovers whose rows are free, wherever these are.
+// refusedAlone is how many rows Postgres refuses to change, one after the other, before the
+// others of a batch are left alone for a while, too.
+const refusedAlone = 4
+
+// write writes leftovers whose rows are free. Those that Postgres refuses to change are
+// found by halves, and left alone for a while.
 func (r *recorder) write(ctx context.Context, batch []outbox.Leftover) (done int, err error) {
+	batch = slices.DeleteFunc(slices.Clone(batch), func(l outbox.Leftover) bool { return l.Refused })
+	alone := 0
+	for parts := [][]outbox.Leftover{batch}; len(parts) > 0; {
+		part := parts[0]
+		parts = parts[1:]
+		n, err := r.writePart(ctx, part)
+		done += n
+		switch {
+		case err == nil:
+			alone = 0
+			continue
+		case !refuses(err):
+			return done, err
+		case len(part) > 1:
+			half := len(part) / 2
+			parts = slices.Insert(parts, 0, part[:half], part[half:])
+			continue
+		}
+		r.tellRefusal(err)
+		if alone++; alone == refusedAlone {
+			part, parts = slices.Concat(append(parts, part)...), nil
+		}
+		if err := r.noteRefused(ctx, part, because(err)); err != nil {
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+// noteRefused notes why the rows of these outcomes are left alone for a while.
+func (r *recorder) noteRefused(ctx context.Context, part []outbox.Leftover, why string) error {
+	ids := make([]string, len(part))
+	for i, l := range part {
+		ids[i] = l.ID
+	}
+	return r.store.Guarded(ctx, r.table.Refused(ids, why))
+}
+
+// writePart writes leftovers whose rows are free, wherever these are.
+func (r *recorder) writePart(ctx context.Context, batch []outbox.Leftover) (done int, err error) {
 	if len(batch) == 0 {
 		return 0, nil
 	}
@@ -462,6 +540,10 @@ func (r *recorder) write(ctx context.Context, batch []outbox.Leftover) (done int
 	if err == nil && len(found.Astray) > 0 {
 		astray := slices.DeleteFunc(slices.Clone(batch), func(l outbox.Leftover) bool { return !slices.Contains(found.Astray, l.ID) })
 		err = r.store.Guarded(ctx, r.table.WriteLeftoversAnywhere(astray, &anywhere))
+	}
+	if ids := slices.Concat(found.Unchanged, anywhere.Unchanged); err == nil && len(ids) > 0 {
+		r.tellRefusal(errors.New(unchanged))
+		err = r.store.Guarded(ctx, r.table.Refused(ids, unchanged))
 	}
 	return found.Done + anywhere.Done, err
 }

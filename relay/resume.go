@@ -270,7 +270,7 @@ func (s *session) explainReading(err error) error {
 // explainSchema says what the table lacks, where that is why a statement failed.
 func (s *session) explainSchema(ctx context.Context, err error) error {
 	var pgErr *pgconn.PgError
-	if errors.As(err, &pgErr) && (pgErr.Code == "42703" || pgErr.Code == "42P01") { // undefined column, undefined table
+	if errors.As(err, &pgErr) && slices.Contains([]string{"42703", "42P01", "42501"}, pgErr.Code) { // undefined column, undefined table, insufficient privilege: of row level security, too
 		if _, fault := s.table.Inspect(ctx, s.sql); fault != nil {
 			return fault
 		}

@@ -335,6 +335,57 @@ func TestPostgresURLNeverShown(t *testing.T) {
 	}
 }
 
+// A part of the password in the place of host, port, database or parameter would
+// be shown by the errors of a dial and of the server.
+func TestPostgresURLWithPasswordElsewhere(t *testing.T) {
+	t.Parallel()
+	for _, url := range []string{
+		"postgres://u:p@" + canary + "@h:5432/db",
+		"postgres://u:p@" + canary + "@a:5432,b:5433/db",
+		"postgres://u:p@a,u:" + canary + "@b/db",
+		"postgres://u:12/" + canary + "@h/db",
+		"postgres://u:p@12/" + canary + "@h/db",
+		"postgres://u:p@12?x=" + canary + "@h/db",
+		"postgres://u:1/2?x=" + canary + "@h/db",
+		"postgres://h:5432?password=p@" + canary,
+		"postgres://u:p@" + canary + "#x@h/db",
+		"host=u:" + canary + "@h dbname=db",
+		"host=a,u:" + canary + "@h dbname=db",
+		"host=h password=one " + canary + " port=5432",
+	} {
+		err := checkPostgresURL(url)
+		if err == nil {
+			t.Errorf("%q: no fault", url)
+			continue
+		}
+		if s := err.Error(); strings.Contains(s, "s3cr") || strings.Contains(s, "nary") || !strings.Contains(s, "%XX") {
+			t.Errorf("%q: %s", url, s)
+		}
+	}
+	for _, url := range []string{
+		"postgres://u:p%40ss@h/db", "postgres://u:p@a:1,b:2/db%40x?application_name=x",
+		"postgres://u:12?x@h/db", "postgres://u:12#x@h/db", // as libpq reads them
+		"postgres://h/db?user=u@server&password=p@ss", "postgres://u@%2Ftmp/db",
+		"host=h user=u@server password=p@ss dbname=db", "host=h password='a b' port=5432",
+	} {
+		if err := checkPostgresURL(url); err != nil {
+			t.Errorf("%q: %s", url, err)
+		}
+	}
+}
+
+func TestRotatedPostgresURLIsChecked(t *testing.T) {
+	path := write(t, validURL)
+	cfg := load(t, map[string]string{"POSTGRES_URL": "", "POSTGRES_URL_FILE": path})
+	if err := os.WriteFile(path, []byte("postgres://u:p@"+canary+"@h/db"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := cfg.Postgres.URL.Value()
+	if err == nil || strings.Contains(err.Error(), canary) || !strings.Contains(err.Error(), "%XX") {
+		t.Errorf("a rotated URL with an unescaped @ gave %v", err)
+	}
+}
+
 func TestPrintedConfigShowsNoSecret(t *testing.T) {
 	cfg := load(t, map[string]string{"NATS_URL": "nats://u:" + canary + "@a:1,tls://" + canary + "@b"})
 	cfg.NATS.Token = NewSecret(canary)

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -145,6 +146,9 @@ func parsePublication(s string) (string, error) {
 // password: pgx blanks it out of its errors, but at best effort (a password
 // with an unescaped space, slash or quote partly stays).
 func checkPostgresURL(s string) error {
+	if strayCredentials(s) {
+		return errors.New("has an @ outside the user information, so a part of the password may stand as host, database or parameter: write special characters as %XX (@ as %40, / as %2F)")
+	}
 	_, err := pgx.ParseConfig(s)
 	if err == nil {
 		return nil
@@ -155,6 +159,45 @@ func checkPostgresURL(s string) error {
 		problem += ": " + detail
 	}
 	return errors.New(problem + "; write postgres://user:password@host:5432/database, special characters as %XX, or host=… dbname=…")
+}
+
+// strayCredentials reports whether a part of the password may be taken for
+// something else, which errors of a dial and of the server would show.
+func strayCredentials(s string) bool {
+	rest, isURL := strings.CutPrefix(s, "postgres://")
+	if !isURL {
+		rest, isURL = strings.CutPrefix(s, "postgresql://")
+	}
+	if !isURL {
+		return strayInKeywords(s)
+	}
+	// Like libpq, pgx ends the user information at the first @ before a slash.
+	// Source: parseURLSettings of pgx's pgconn/parse_url.go.
+	if i := strings.IndexAny(rest, "@/"); i >= 0 && rest[i] == '@' {
+		if strings.Contains(strings.ToLower(rest[:i]), "password=") {
+			return true
+		}
+		rest = rest[i+1:]
+	}
+	place, query, _ := strings.Cut(rest, "?")
+	return strings.Contains(place, "@") || slices.ContainsFunc(strings.Split(query, "&"), func(parameter string) bool {
+		key, value, _ := strings.Cut(parameter, "=")
+		return strings.Contains(key, "@") || key != "user" && key != "password" && strings.Contains(value, "@")
+	})
+}
+
+// strayInKeywords is strayCredentials of a keyword/value string. A host that
+// begins with @ is a socket in the abstract namespace.
+func strayInKeywords(s string) bool {
+	config, err := pgx.ParseConfig(s)
+	if err != nil {
+		return false
+	}
+	stray := strings.LastIndexByte(config.Host, '@') > 0
+	for _, fallback := range config.Fallbacks {
+		stray = stray || strings.LastIndexByte(fallback.Host, '@') > 0
+	}
+	return stray
 }
 
 // echoes reports whether detail repeats four bytes or more of where the

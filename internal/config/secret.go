@@ -105,14 +105,29 @@ func readSecret(f *faults, value, file text, check func(string) error) Secret {
 	if check == nil {
 		return s
 	}
+	what := ""
+	if file.given() {
+		what = "names a file whose value "
+	}
 	if err := check(v); err != nil {
-		what := ""
-		if file.given() {
-			what = "names a file whose value "
-		}
 		f.add(given.name, "%s%s", what, err)
 	}
-	return s
+	return s.checked(given.name, what, check)
+}
+
+// checked returns the secret, refused at each read where the check fails: a
+// file may have been given another value since the start.
+func (s Secret) checked(variable, what string, check func(string) error) Secret {
+	return Secret{func() (string, error) {
+		value, err := s.read()
+		if err != nil {
+			return "", err
+		}
+		if err := check(value); err != nil {
+			return "", &Fault{variable, what + err.Error()}
+		}
+		return value, nil
+	}}
 }
 
 // reason is why a file cannot be read, without its name.

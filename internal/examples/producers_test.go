@@ -39,7 +39,7 @@ func TestReadmeTransaction(t *testing.T) {
 		t.Fatal("README.md shows no transaction")
 	}
 	s := setup(t)
-	s.exec(`drop table stock; create table stock (sku text, count int); insert into stock values ('A-1', 10)`)
+	s.exec(`drop table stock; create table stock (sku text primary key, count int); insert into stock values ('A-1', 10)`)
 	s.exec(string(block[1]))
 	s.require(9, `select count from stock`)
 	s.require(1, `select count(*) from events where aggregate_id = 'o-42' and id like 'event%' and status = 'pending'`)

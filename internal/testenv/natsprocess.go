@@ -168,7 +168,11 @@ func (n *NATSProcess) end(sig syscall.Signal) {
 }
 
 // Freeze stops the server in its tracks (SIGSTOP): its connections stay open.
-func (n *NATSProcess) Freeze() { n.signal(syscall.SIGSTOP) }
+func (n *NATSProcess) Freeze() {
+	n.tb.Helper()
+	n.signal(syscall.SIGSTOP)
+	awaitFrozen(n.tb, n.process.Pid())
+}
 
 // Thaw lets a frozen server go on.
 func (n *NATSProcess) Thaw() { n.signal(syscall.SIGCONT) }

@@ -125,7 +125,11 @@ func (r *Relay) Wait(timeout time.Duration) int {
 }
 
 // Freeze stops the relay in its tracks (SIGSTOP): its connections stay open.
-func (r *Relay) Freeze() { r.tb.Helper(); r.Signal(syscall.SIGSTOP) }
+func (r *Relay) Freeze() {
+	r.tb.Helper()
+	r.Signal(syscall.SIGSTOP)
+	awaitFrozen(r.tb, r.Pid())
+}
 
 // Thaw lets a frozen relay go on.
 func (r *Relay) Thaw() { r.tb.Helper(); r.Signal(syscall.SIGCONT) }

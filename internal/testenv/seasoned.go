@@ -106,6 +106,7 @@ var roleSettings = []string{
 	`default_transaction_isolation = 'serializable'`,
 	`standard_conforming_strings = off`,
 	`client_min_messages = error`,
+	`search_path = ''`,
 	`jit_above_cost = 0`,
 	`work_mem = '64kB'`,
 }
@@ -217,6 +218,7 @@ func inhabit(ctx context.Context, conn *pgx.Conn) error {
 		`CREATE INDEX "By Price" ON "Shop Floor"."Order Lines" ("Unit Price")`,
 		`CREATE TABLE "order" ("select" text PRIMARY KEY, "Größe" int)`,
 		`CREATE PUBLICATION "Data Warehouse" FOR TABLE "Shop Floor"."Order Lines", "order" WITH (publish = 'insert, update, delete')`,
+		`CREATE PUBLICATION "Everything" FOR ALL TABLES`, // as Debezium makes one by default
 		`VACUUM ANALYZE "Shop Floor"."Order Lines"`,
 	)
 }
