@@ -237,6 +237,15 @@ func (t Table) ownTables() []string {
 		t.own("outbox_relay_batches"), t.own("outbox_relay_backlog")}
 }
 
+// Own is the name of one of the relay's own tables in a statement that people are to paste:
+// a schema that was given in quotes needs them.
+func (t Table) Own(name string) string {
+	if t.Schema == "public" {
+		return t.Schema + "." + name
+	}
+	return t.own(name)
+}
+
 // CheckOwnTables makes sure that what migrate makes for the relay itself is there, up to
 // the last column that a migration has added.
 func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {

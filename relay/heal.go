@@ -188,8 +188,8 @@ func (s *session) settlePart(ctx context.Context, cp *checkpoint.Checkpoint, tai
 
 func (s *session) ambiguousTail(cp checkpoint.Checkpoint, sequence uint64) error {
 	return fmt.Errorf("message %d of stream %s, behind the checkpoint at %d, is gone, and the slot with which it could be matched, too: it cannot be told which events are stored. "+
-		"See which of the pending rows were delivered, and set their status to 'published'; then, to publish the other ones, UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
-		sequence, s.stream.Name, cp.Sequence, s.table.Schema, s.stream.Last, s.table.Slot)
+		"See which of the pending rows were delivered, and set their status to 'published'; then, to publish the other ones, UPDATE %s SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
+		sequence, s.stream.Name, cp.Sequence, s.table.Own("outbox_relay_checkpoints"), s.stream.Last, s.table.Slot)
 }
 
 // settleStrangers records as published the pending rows whose ids messages bear

@@ -131,8 +131,8 @@ func (s *session) lookBack(ctx context.Context, from *origin) error {
 	case cp.Phase != checkpoint.Backfilling || s.backlog != nil:
 		return nil
 	case !s.relay.config.Backfill:
-		return fmt.Errorf("a backfill is not finished, and OUTBOX_BACKFILL is false: set it to true, or, to leave its rows as they are, UPDATE %s.outbox_relay_checkpoints SET phase = 'streaming' WHERE slot = '%s'",
-			s.table.Schema, s.table.Slot)
+		return fmt.Errorf("a backfill is not finished, and OUTBOX_BACKFILL is false: set it to true, or, to leave its rows as they are, UPDATE %s SET phase = 'streaming' WHERE slot = '%s'",
+			s.table.Own("outbox_relay_checkpoints"), s.table.Slot)
 	}
 	if s.missed == "" {
 		if _, listed, err := s.store.BacklogLeft(ctx); err != nil || listed {
@@ -219,8 +219,8 @@ func (s *session) explainResume(ctx context.Context, cp checkpoint.Checkpoint, e
 		return noted
 	}
 	return fmt.Errorf("%w: see which events after %s were delivered; then choose: to take all up to message %d as this relay's or others' and publish every event after the checkpoint again, "+
-		"UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, foreign_seen = false, unrecorded_bound = 0 WHERE slot = '%s'",
-		err, cp.Position, s.stream.Last, s.table.Schema, s.stream.Last, s.table.Slot)
+		"UPDATE %s SET stream_sequence = %d, message_id = NULL, foreign_seen = false, unrecorded_bound = 0 WHERE slot = '%s'",
+		err, cp.Position, s.stream.Last, s.table.Own("outbox_relay_checkpoints"), s.stream.Last, s.table.Slot)
 }
 
 // startAnew is the last remedy.
@@ -232,7 +232,7 @@ func (s *session) startAnew() string {
 const allPending = "every row that is pending then is published, also those that the stream has already (OUTBOX_BACKFILL=false leaves them)"
 
 func (s *session) forgetSQL() string {
-	return fmt.Sprintf("DELETE FROM %s.outbox_relay_checkpoints WHERE slot = '%s'", s.table.Schema, s.table.Slot)
+	return fmt.Sprintf("DELETE FROM %s WHERE slot = '%s'", s.table.Own("outbox_relay_checkpoints"), s.table.Slot)
 }
 
 // anewSQL is what startAnew says, and does so also where the slot is gone.

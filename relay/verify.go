@@ -96,8 +96,8 @@ func (s *session) verifyIdentity(ctx context.Context, cp *checkpoint.Checkpoint,
 func (s *session) verifySystem(cp checkpoint.Checkpoint) error {
 	switch {
 	case cp.SystemID != s.system.ID:
-		sql := fmt.Sprintf("UPDATE %s.outbox_relay_checkpoints SET system_identifier = '%s', timeline = %d WHERE slot = '%s'",
-			s.table.Schema, s.system.ID, s.system.Timeline, s.table.Slot)
+		sql := fmt.Sprintf("UPDATE %s SET system_identifier = '%s', timeline = %d WHERE slot = '%s'",
+			s.table.Own("outbox_relay_checkpoints"), s.system.ID, s.system.Timeline, s.table.Slot)
 		return &fault.Error{
 			What: fmt.Sprintf("the checkpoint was written by Postgres cluster %s and this is %s: the database was restored from a dump or copied", cp.SystemID, s.system.ID),
 			Remedy: "if the other one is gone for good, let this one go on behind it, with its pending rows that the stream does not have: " +
@@ -161,7 +161,7 @@ func (s *session) checkPublication(ctx context.Context) error {
 
 // missPublication notes that the publication is not what it was.
 func (s *session) missPublication() error {
-	sql := fmt.Sprintf("UPDATE %s.outbox_relay_checkpoints SET publication_state = NULL WHERE slot = '%s'", s.table.Schema, s.table.Slot)
+	sql := fmt.Sprintf("UPDATE %s SET publication_state = NULL WHERE slot = '%s'", s.table.Own("outbox_relay_checkpoints"), s.table.Slot)
 	return s.miss(fmt.Sprintf("publication %s, or the membership of table %s in it, was changed or made again: events inserted meanwhile may have been passed over", s.table.Publication, s.table),
 		"see to those rows, then accept the publication as it is: "+sql, sql)
 }
@@ -190,8 +190,8 @@ func (s *session) verifyStream(ctx context.Context, cp *checkpoint.Checkpoint, s
 
 // forgot is the choice where nothing tells what the broker forgot.
 func (s *session) forgot(what string) error {
-	sql := fmt.Sprintf("UPDATE %s.outbox_relay_checkpoints SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
-		s.table.Schema, s.stream.Last, s.table.Slot)
+	sql := fmt.Sprintf("UPDATE %s SET stream_sequence = %d, message_id = NULL, unrecorded_bound = 0 WHERE slot = '%s'",
+		s.table.Own("outbox_relay_checkpoints"), s.stream.Last, s.table.Slot)
 	return &fault.Error{What: what, SQL: sql, Remedy: "go on behind the stream's end: " + sql +
 		", and publish the lost events again from their rows: `outbox-relay replay`. With OUTBOX_CONFIRM_DELAY longer than the broker's sync interval the relay sends them again by itself"}
 }
