@@ -57,7 +57,9 @@ func TestSlotIsBeingCreatedByAnother(t *testing.T) {
 	_, err = tx.Exec(t.Context(), `create table other ()`)
 	b.must(err)
 	first := b.start()
-	testenv.Eventually(t, "the slot to be created", func() bool { return b.count(`select count(*) from pg_replication_slots where slot_name = $1`, b.slot()) == 1 })
+	testenv.Eventually(t, "the slot to be created", func() bool {
+		return b.count(`select count(*) from pg_replication_slots where slot_name = $1`, b.slot()) == 1
+	})
 	second := b.start()
 	second.WaitLog("standing by")
 	first.Kill()
