@@ -13,6 +13,8 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/database"
+
+	"outbox-relay/internal/pgversion"
 )
 
 // lockKey is of the session-level advisory lock that one migration holds in a
@@ -27,7 +29,6 @@ const (
 const (
 	oldestVersion     = 150000
 	oldestVersionName = "15"
-	decodesByNeed     = 190000 // from then on a logical slot raises wal_level = replica by itself
 )
 
 // Up brings the outbox t in the database that config leads to up to date: the
@@ -136,7 +137,7 @@ func checkServer(ctx context.Context, db *sql.DB, t Target, log *slog.Logger) er
 	case !schema:
 		return fmt.Errorf("schema %s does not exist: create it (CREATE SCHEMA %s) or name another", display(t.Schema), quote(t.Schema))
 	}
-	if walLevel != "logical" && (walLevel != "replica" || version < decodesByNeed) {
+	if !pgversion.Decodes(version, walLevel) {
 		log.Warn("wal_level is not logical: the migration works, the relay will not; set it and restart Postgres",
 			"wal_level", walLevel, "remedy", "ALTER SYSTEM SET wal_level = 'logical'")
 	}

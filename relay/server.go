@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/fault"
+	"outbox-relay/internal/pgversion"
 )
 
 // Server is what a relay asks of Postgres itself.
@@ -25,12 +26,6 @@ var errRecovery = errors.New("the server is in recovery")
 var errWALLevel = errors.New("wal_level is not logical")
 
 const oldestPostgres = 15
-
-// decodesByNeed is the first version whose wal_level is a floor: with replica, the first
-// logical slot switches logical decoding on, and losing the last one switches it off.
-// Source: src/backend/replication/logical/logicalctl.c (read, not run: there is no server
-// of 19 yet that the tests could start).
-const decodesByNeed = 190000
 
 func readServer(ctx context.Context, sql *pgx.Conn) (s Server, err error) {
 	err = sql.QueryRow(ctx, `select current_setting('server_version_num')::int, current_setting('server_version'),
@@ -61,7 +56,7 @@ func (s Server) CheckRecovery() error {
 
 // CheckWALLevel refuses a server that does not decode.
 func (s Server) CheckWALLevel() error {
-	if s.WALLevel == "logical" || s.WALLevel == "replica" && s.Version >= decodesByNeed {
+	if pgversion.Decodes(s.Version, s.WALLevel) {
 		return nil
 	}
 	const sql = "ALTER SYSTEM SET wal_level = 'logical'"
