@@ -72,9 +72,8 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 
 // check makes sure that the server is one that the commands can ask.
 func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
-	var recovery, table, lifecycle bool
-	err := conn.QueryRow(ctx, `select pg_catalog.pg_is_in_recovery(), pg_catalog.to_regclass($1) is not null, pg_catalog.to_regclass($2) is not null`,
-		a.Table.String(), pgx.Identifier{a.Table.Schema, "outbox_relay_backlog"}.Sanitize()).Scan(&recovery, &table, &lifecycle)
+	var recovery, table bool
+	err := conn.QueryRow(ctx, `select pg_catalog.pg_is_in_recovery(), pg_catalog.to_regclass($1) is not null`, a.Table.String()).Scan(&recovery, &table)
 	switch {
 	case err != nil:
 		return fmt.Errorf("look for table %s: %w", a.Table, err)
@@ -82,8 +81,6 @@ func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 		return errRecovery
 	case !table:
 		return fmt.Errorf("table %s does not exist: correct OUTBOX_TABLE or OUTBOX_POSTGRES_URL, or create it with `outbox-relay migrate`", a.Table)
-	case !lifecycle:
-		return fmt.Errorf("table %s has no outbox_relay_backlog beside it: run `outbox-relay migrate` of this release", a.Table)
 	}
 	return cmp.Or(a.Table.CheckOwnTables(ctx, conn), a.Table.CheckRowSecurity(ctx, conn))
 }

@@ -84,7 +84,7 @@ func (t Table) recordPublished(e *checkpoint.Effects, ids []string, r *Recorded)
 			union all select @slot, id, 'published' from (%s) as unchanged
 			on conflict (slot, id) do nothing returning 1)`, t.published(sent, "free"), t.leftovers(), sent.astray(), unchanged("sent", "written"))
 	e.Result += `, (select count(*) from written where done), (select count(*) from sent where status = 'pending' and not free),
-		(select count(*) from sent where free) - (select count(*) from written where done),
+		(select count(*) from (` + unchanged("sent", "written") + `) as u),
 		(select count(*) from sent where ` + sent.astray() + `)`
 	e.Dest = append(e.Dest, &r.Published, &r.PublishedLocked, &r.Unchanged, &r.Astray)
 	r.sent = len(ids)
@@ -148,9 +148,10 @@ func (t Table) failed(l *list, condition string) string {
 // Held returns the SQL that keeps the outcomes of a batch in the leftovers, and touches
 // none of its rows: for a batch whose rows Postgres refuses to change.
 func (t Table) Held(items []checkpoint.Item) (checkpoint.Effects, error) {
-	var ids, outcomes, reasons, events []*string
+	var ids, outcomes []string
+	var reasons, events []*string
 	for _, item := range items {
-		id, outcome := string(item.ID), "published"
+		outcome := "published"
 		var reason, event *string
 		switch {
 		case item.Outcome == checkpoint.Skipped, item.Outcome == checkpoint.Stored && t.Mode == Keep:
@@ -163,7 +164,7 @@ func (t Table) Held(items []checkpoint.Item) (checkpoint.Effects, error) {
 			}
 			outcome, reason, event = "failed", &rejected.Reason, &whole
 		}
-		ids, outcomes, reasons, events = append(ids, &id), append(outcomes, &outcome), append(reasons, reason), append(events, event)
+		ids, outcomes, reasons, events = append(ids, string(item.ID)), append(outcomes, outcome), append(reasons, reason), append(events, event)
 	}
 	return checkpoint.Effects{
 		CTE: `, held as (insert into ` + t.leftovers() + ` (slot, id, outcome, reason, event)

@@ -63,17 +63,10 @@ type Layout struct {
 // each fault is an error that says what to do.
 func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	l, err := t.ReadLayout(ctx, conn)
-	if err == nil {
-		err = t.CheckOwnTables(ctx, conn)
-	}
-	if err == nil {
-		err = t.CheckPartitionKey(ctx, conn)
-	}
-	if err == nil {
-		err = t.CheckRowSecurity(ctx, conn)
-	}
-	if err == nil {
-		err = t.CheckRules(ctx, conn)
+	for _, check := range []func(context.Context, *pgx.Conn) error{t.CheckOwnTables, t.CheckPartitionKey, t.CheckRowSecurity, t.CheckRules} {
+		if err == nil {
+			err = check(ctx, conn)
+		}
 	}
 	return l, err
 }

@@ -122,7 +122,7 @@ func passesInPostgres(code string) bool {
 func withGrants(err error) error {
 	var pgErr *pgconn.PgError
 	if errors.As(err, &pgErr) && pgErr.Where != "" {
-		return fmt.Errorf("%w: %s", err, because(err))
+		return fmt.Errorf("%w, in %s", err, raisedIn(pgErr))
 	}
 	if lacksRight(err) {
 		return fmt.Errorf("%w: grant the role what deploy/postgres/roles.sql does", err)

@@ -381,11 +381,12 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 // advance moves the checkpoint and writes the outcomes, or keeps them where Postgres
 // refuses to change a row. written is false where fewer of them are to be tried at once.
 func (r *recorder) advance(ctx context.Context, a checkpoint.Advance, items []checkpoint.Item) (recorded outbox.Recorded, written bool, err error) {
+	move := func(e checkpoint.Effects) error { return r.store.Advance(ctx, a, e) }
 	_, keep := r.refusals.next(time.Now())
 	if !keep {
 		effects, err := r.table.Outcomes(items, &recorded)
 		if err == nil {
-			err = r.store.Advance(ctx, a, effects)
+			err = move(effects)
 		}
 		if !refuses(err) {
 			if err == nil && len(items) > 0 {
@@ -399,10 +400,7 @@ func (r *recorder) advance(ctx context.Context, a checkpoint.Advance, items []ch
 			return recorded, false, nil
 		}
 	}
-	effects, err := r.table.Held(items)
-	if err == nil {
-		err = r.store.Advance(ctx, a, effects)
-	}
+	err = r.hold(items, move)
 	return outbox.Recorded{Held: len(items)}, err == nil, err
 }
 

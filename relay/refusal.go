@@ -58,10 +58,16 @@ func because(err error) string {
 	if pgErr.Detail != "" {
 		text += ": " + pgErr.Detail
 	}
-	if where, _, _ := strings.Cut(pgErr.Where, "\n"); where != "" {
-		text += ", in " + where
+	if pgErr.Where != "" {
+		text += ", in " + raisedIn(pgErr)
 	}
 	return text
+}
+
+// raisedIn is the innermost function or statement that raised an error which has one.
+func raisedIn(pgErr *pgconn.PgError) string {
+	where, _, _ := strings.Cut(pgErr.Where, "\n")
+	return where
 }
 
 // unchanged is why an outcome waits whose writing no error has refused.
@@ -124,7 +130,13 @@ func (s *session) keeping(items []checkpoint.Item, apply func(checkpoint.Effects
 		return err
 	}
 	s.tellRefusal(err)
-	if effects, err = s.table.Held(items); err != nil {
+	return s.hold(items, apply)
+}
+
+// hold keeps the outcomes of these events in the leftovers, by apply.
+func (s *session) hold(items []checkpoint.Item, apply func(checkpoint.Effects) error) error {
+	effects, err := s.table.Held(items)
+	if err != nil {
 		return err
 	}
 	return apply(effects)

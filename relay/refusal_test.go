@@ -14,7 +14,7 @@ func (b *bundle) trying() {
 	b.exec(`update outbox_relay_leftovers set refused_at = refused_at - interval '1 hour'`)
 }
 
-// number returns the ids of n events, of which the payload's n is 1 and so on.
+// requireOthers waits until all these rows but one have the status.
 func (b *bundle) requireOthers(status string, ids []string, but string) {
 	b.Helper()
 	b.requireStatus(status, slices.DeleteFunc(slices.Clone(ids), func(id string) bool { return id == but }))

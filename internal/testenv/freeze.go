@@ -30,6 +30,6 @@ func awaitFrozen(tb testing.TB, pid int) {
 // running reads a thread's state, which stands behind its name in parentheses.
 // Source: proc_pid_stat(5).
 func running(stat []byte) bool {
-	_, behind, found := bytes.Cut(stat[max(0, bytes.LastIndexByte(stat, ')')):], []byte(") "))
-	return found && len(behind) > 0 && !bytes.ContainsAny(behind[:1], "TtZX")
+	state := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:])
+	return len(state) > 0 && !bytes.ContainsAny(state[0], "TtZX")
 }
