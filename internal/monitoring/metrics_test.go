@@ -108,8 +108,8 @@ func (o *outbox) loseAnAck() {
 	before := o.last()
 	id := o.insert("order", 1)
 	testenv.Eventually(o, "the message stored", func() bool { return o.last() > before })
+	o.link.Cut() // first: what is held back is forwarded when the stall ends
 	o.link.StallDirection(testenv.Downstream, false)
-	o.link.Cut()
 	o.await(`outbox_relay_nats_reconnects_total`)
 	o.await(`outbox_relay_resyncs_total{reason="disconnected"}`)
 	o.awaitStatus(id, "published")
