@@ -16,7 +16,7 @@ func typical(number int) []byte {
 }
 
 func benchmark(b *testing.B, messages [][]byte, events int) {
-	d := decoder.New(table, outbox.Columns{})
+	d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
 	decode(b, d, relation(table, usual...))
 	b.ReportAllocs()
 	at := uint64(1000)

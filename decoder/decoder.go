@@ -24,7 +24,7 @@ const (
 	Insert              // a row of the outbox: Decoder.Event
 	Commit              // the end of a transaction: Decoder.End
 	Request             // rows to be published from the table: Decoder.Request; their last one is at Event.Position
-	Stray               // a request that nobody can read: Decoder.Stray
+	Stray               // a request that can't be read, or proves no right to ask: Decoder.Stray
 )
 
 // ErrMalformed says that a message does not follow the protocol. What it
@@ -53,6 +53,7 @@ type Decoder struct {
 
 	table     uint32 // OID of the outbox table (of its root, where partitioned)
 	prefix    string // of requests
+	proof     outbox.Proof
 	columns   outbox.Columns
 	relations map[uint32]*relation // of this session, also other tables': an Insert of none is malformed
 	open      bool                 // between Begin and Commit
@@ -71,9 +72,10 @@ type relation struct {
 	fields  []outbox.Field // of the columns that it does not list: NULL
 }
 
-// New returns a decoder for the events of the table with that OID.
-func New(table uint32, columns outbox.Columns) *Decoder {
-	return &Decoder{table: table, prefix: outbox.RequestPrefix(table), columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
+// New returns a decoder for the events of the table with that OID, and for the requests
+// that this proof takes.
+func New(table uint32, columns outbox.Columns, proof outbox.Proof) *Decoder {
+	return &Decoder{table: table, prefix: outbox.RequestPrefix(table), proof: proof, columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
 }
 
 // InTransaction reports whether a transaction is open: a keepalive that comes
@@ -274,7 +276,11 @@ func (d *Decoder) message(data []byte) (Kind, error) {
 	if !d.open {
 		return Nothing, fmt.Errorf("%w: transactional message outside a transaction", ErrMalformed)
 	}
-	if d.Request, d.Stray = outbox.ParseRequest(msg.Content); d.Stray != nil {
+	content, err := d.proof.Open(msg.Prefix, d.Event.XID, d.Event.Commit, msg.Content)
+	if err == nil {
+		d.Request, err = outbox.ParseRequest(content)
+	}
+	if d.Stray = err; err != nil {
 		return Stray, nil
 	}
 	d.ordinal += uint64(len(d.Request.IDs))

@@ -10,6 +10,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
+	"outbox-relay/outbox"
 )
 
 // FuzzDecode feeds a session: each message behind its length in two bytes. It
@@ -29,7 +30,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(s.table, pack(all))
 	f.Add(uint32(table), pack([][]byte{relation(table, usual...), begin(10, 7), insert(table, row("e1")...), commit(10, 20)}))
 	f.Fuzz(func(t *testing.T, table uint32, packed []byte) {
-		d := decoder.New(table, sessionColumns)
+		d := decoder.New(table, sessionColumns, outbox.Proof{})
 		reference := reader{table: table}
 		messages := unpack(packed)
 		accepted := 0
@@ -63,7 +64,7 @@ func requireNamed(t testing.TB, m []byte, kind decoder.Kind, err error) {
 func requireShorterFails(t testing.TB, table uint32, messages [][]byte) {
 	t.Helper()
 	last := len(messages) - 1
-	d := decoder.New(table, sessionColumns)
+	d := decoder.New(table, sessionColumns, outbox.Proof{})
 	decode(t, d, messages[:last]...)
 	m := messages[last]
 	if kind, err := d.Decode(exact(m[:len(m)-1])); !errors.Is(err, decoder.ErrMalformed) || kind == decoder.Insert {

@@ -156,7 +156,7 @@ func (r *recorder) Lost(error)                          {}
 func (s session) dump(t testing.TB) (events []string, all string) {
 	t.Helper()
 	var out strings.Builder
-	d := decoder.New(s.table, sessionColumns)
+	d := decoder.New(s.table, sessionColumns, outbox.Proof{})
 	for i, m := range s.messages {
 		kind, err := d.Decode(exact(m))
 		if err != nil {
@@ -237,7 +237,7 @@ func TestGoldenSessionTruncated(t *testing.T) {
 	s := golden(t)
 	for i, m := range s.messages {
 		for n := range len(m) {
-			d := decoder.New(s.table, sessionColumns)
+			d := decoder.New(s.table, sessionColumns, outbox.Proof{})
 			decode(t, d, s.prefix(i)...)
 			if kind, err := d.Decode(exact(m[:n])); !errors.Is(err, decoder.ErrMalformed) || kind == decoder.Insert {
 				t.Fatalf("message %d, cut at %d of %d bytes: kind %d, %v, want ErrMalformed", i, n, len(m), kind, err)
@@ -280,7 +280,7 @@ func TestGoldenSessionFlipped(t *testing.T) {
 // and counts the events.
 func (s session) replay(t *testing.T, i int, other []byte) (events int, err error) {
 	t.Helper()
-	d := decoder.New(s.table, sessionColumns)
+	d := decoder.New(s.table, sessionColumns, outbox.Proof{})
 	reference := reader{table: s.table}
 	for _, m := range slices.Concat(s.prefix(i), [][]byte{other}, s.messages[i+1:]) {
 		kind, err := d.Decode(exact(m))

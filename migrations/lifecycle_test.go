@@ -116,7 +116,7 @@ type retried struct {
 	Attempt int
 }
 
-var emitted = regexp.MustCompile(`^message: transactional: 1 prefix: outbox_relay:(\d+), sz: \d+ content:(.*)$`)
+var emitted = regexp.MustCompile(`^message: transactional: 1 prefix: outbox_relay:(\d+), sz: \d+ content:[0-9a-f]{64} (.*)$`)
 
 // requests returns the messages since the last call, each of which has to be a
 // request of the table to retry.
@@ -288,6 +288,9 @@ func TestRetryNeedsItsPrivileges(t *testing.T) {
 	_, err := conn.Exec(t.Context(), "select outbox_retry($1)", ids[0])
 	requireError(t, err, "permission denied")
 	execute(t, conn, "reset role; grant update (status, retried_at, retried_attempts) on events to "+name+"; set role "+name)
+	_, err = conn.Exec(t.Context(), "select outbox_retry($1)", ids[0])
+	requireError(t, err, "permission denied for function outbox_relay_ask")
+	execute(t, conn, "reset role; grant execute on function outbox_relay_ask(regclass, text) to "+name+"; set role "+name)
 	if n := query[int](t, conn, "select outbox_retry($1)", ids[0]) + query[int](t, conn, "select outbox_retry_all()"); n != 2 {
 		t.Errorf("retried %d, want 2", n)
 	}

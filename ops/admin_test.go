@@ -180,7 +180,7 @@ type request struct {
 // requests lists what was asked of the relay since listen.
 func (d *desk) requests() []request {
 	d.Helper()
-	// message: transactional: 1 prefix: outbox_relay:16400, sz: 42 content:{…}
+	// message: transactional: 1 prefix: outbox_relay:16400, sz: 107 content:<signature> {…}
 	prefix := "message: transactional: 1 prefix: " + ask[string](d, `select 'outbox_relay:' || 'events'::regclass::oid`) + ","
 	rows, err := d.sql.Query(d.Context(), `select lsn::text, data from pg_logical_slot_peek_changes($1, null, null)
 		where data like 'message:%'`, d.slot+"_wal")
@@ -194,6 +194,7 @@ func (d *desk) requests() []request {
 		if _, content, _ = strings.Cut(content, "content:"); !found {
 			return r, fmt.Errorf("%q does not begin with %q", data, prefix)
 		}
+		_, content, _ = strings.Cut(content, " ")
 		return r, json.Unmarshal([]byte(content), &r)
 	})
 	d.must(err)

@@ -117,8 +117,7 @@ func (t Table) AskReplay(ctx context.Context, conn *pgx.Conn, run string, ids []
 		return asked, fmt.Errorf("ask for a replay: %w", err)
 	}
 	var start, end string
-	err = conn.QueryRow(ctx, `select pg_catalog.pg_logical_emit_message(true,
-		'outbox_relay:' || pg_catalog.to_regclass($1)::oid, $2)::text`, t.String(), string(content)).Scan(&start)
+	err = conn.QueryRow(ctx, `select `+t.function("outbox_relay_ask")+`(pg_catalog.to_regclass($1), $2)::text`, t.String(), string(content)).Scan(&start)
 	if err == nil {
 		err = conn.QueryRow(ctx, `select pg_catalog.pg_current_wal_insert_lsn()::text`).Scan(&end)
 	}

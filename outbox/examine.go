@@ -129,6 +129,10 @@ func (t Table) grants(uses Uses) []grant {
 		all = append(all, t.ownGrant(name, "SELECT", "INSERT", "UPDATE", "DELETE"))
 	}
 	all = append(all, t.executeGrant("outbox_relay_publication_state(name, regclass)"), t.executeGrant("outbox_relay_check_partition_key(regclass)"))
+	all = append(all, t.ownGrant("outbox_relay_secret", "SELECT"))
+	if uses.Retries {
+		all = append(all, t.executeGrant("outbox_relay_ask(regclass, text)"))
+	}
 	if uses.Retention {
 		drop := t.executeGrant("outbox_relay_drop_partitions(regclass, interval)")
 		drop.kind, drop.of = "partitions", t.String()
@@ -287,7 +291,7 @@ func (t Table) ReadSlotDetails(ctx context.Context, conn *pgx.Conn) (d SlotDetai
 // signatures; retry is the table's own, of package migrations.
 func (t Table) Lacking(ctx context.Context, conn *pgx.Conn, retry ...string) (lacking []string, err error) {
 	for _, signature := range slices.Concat([]string{"outbox_relay_publication_state(name, regclass)", "outbox_relay_publish(name, regclass, text[])",
-		"outbox_relay_check_partition_key(regclass)", "outbox_relay_drop_partitions(regclass, interval)"}, retry) {
+		"outbox_relay_check_partition_key(regclass)", "outbox_relay_drop_partitions(regclass, interval)", "outbox_relay_ask(regclass, text)"}, retry) {
 		var there bool
 		own := t.executeGrant(signature).name
 		if err := conn.QueryRow(ctx, `select pg_catalog.to_regprocedure($1) is not null`, own).Scan(&there); err != nil {

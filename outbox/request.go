@@ -1,17 +1,27 @@
 package outbox
 
 import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/internal/fault"
 )
 
 // Request asks the relay to publish rows from the table. It is the content of a
 // transactional logical message, so it comes out of the slot in the order of
-// commits, and not at all where its transaction is rolled back. Anyone may emit
-// one: it names ids only.
+// commits, and not at all where its transaction is rolled back. It names ids only.
 type Request struct {
 	Run      string   // of a replay; empty: a retry
 	IDs      []string // each once, in the order in which the rows are to be published
@@ -30,6 +40,50 @@ const (
 // OID.
 func RequestPrefix(table uint32) string {
 	return "outbox_relay:" + strconv.FormatUint(uint64(table), 10)
+}
+
+// Proof tells requests of those who may ask from others: anybody who may connect can write
+// a logical message, and it carries no role. The zero value takes none.
+type Proof struct {
+	Secret []byte
+	Since  time.Time // what was committed before needs no signature: a release without it wrote that
+}
+
+var errUnsigned = errors.New("read a request: it is not signed, so nothing proves that who wrote it may ask: only outbox_relay_ask() makes requests")
+
+// Open returns the request that a logical message contains: what is behind the signature
+// of outbox_relay_ask, which is valid for this prefix and this transaction alone.
+func (p Proof) Open(prefix string, xid uint32, commit time.Time, content []byte) ([]byte, error) {
+	signature, request, signed := bytes.Cut(content, []byte(" "))
+	given, err := hex.DecodeString(string(signature))
+	signed = signed && err == nil && len(given) == sha256.Size
+	switch {
+	case len(p.Secret) > 0 && signed && hmac.Equal(given, p.sign(prefix, xid, request)):
+		return request, nil
+	case !signed && commit.Before(p.Since):
+		return content, nil
+	}
+	return nil, errUnsigned
+}
+
+// sign is what outbox_relay_ask computes.
+func (p Proof) sign(prefix string, xid uint32, request []byte) []byte {
+	inner := sha256.Sum256(slices.Concat(p.Secret, fmt.Appendf(nil, "%s %d ", prefix, xid), request))
+	outer := sha256.Sum256(append(bytes.Clone(p.Secret), inner[:]...))
+	return outer[:]
+}
+
+// readProof reads what requests are checked by.
+func (t Table) readProof(ctx context.Context, conn *pgx.Conn) (p Proof, err error) {
+	err = conn.QueryRow(ctx, `select secret, since from `+t.own("outbox_relay_secret")).Scan(&p.Secret, &p.Since)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return p, &fault.Error{What: fmt.Sprintf("table %s has no row, so no request can be proved", t.Own("outbox_relay_secret")),
+			Remedy: "as its owner:", SQL: fmt.Sprintf("INSERT INTO %s (since) VALUES (now())", t.Own("outbox_relay_secret"))}
+	case err != nil:
+		return p, fmt.Errorf("read the secret of requests: %w", err)
+	}
+	return p, nil
 }
 
 // ParseRequest parses {"retry": [{"id": …, "attempt": …}, …]} or

@@ -57,6 +57,7 @@ type Layout struct {
 	Payload string          // the type of the payload
 	ID      string          // the type of the id, as Columns has it
 	ByTime  bool            // see Table
+	Proof   Proof           // of requests: Inspect reads it
 }
 
 // Inspect reads the layout and checks that the relay can work with the table;
@@ -67,6 +68,9 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 		if err == nil {
 			err = check(ctx, conn)
 		}
+	}
+	if err == nil {
+		l.Proof, err = t.readProof(ctx, conn)
 	}
 	return l, err
 }
@@ -135,7 +139,7 @@ func (t Table) CheckRowSecurity(ctx context.Context, conn *pgx.Conn) error {
 	err := conn.QueryRow(ctx, `select current_user, array(select c.oid::pg_catalog.regclass::text
 		from unnest($1::text[]) as own(name), pg_catalog.pg_class c
 		where c.oid = pg_catalog.to_regclass(own.name) and pg_catalog.row_security_active(c.oid) order by 1)`,
-		append(t.ownTables(), t.String())).Scan(&user, &filtered)
+		append(t.ownTables(), t.own("outbox_relay_secret"), t.String())).Scan(&user, &filtered)
 	switch {
 	case err != nil:
 		return fmt.Errorf("look for row level security of %s: %w", t, err)
@@ -224,7 +228,7 @@ func (l Layout) Lacks(names []string) []string {
 	return missing
 }
 
-// ownTables are those that migrate makes for the relay itself, quoted for SQL.
+// ownTables are those that migrate makes for what relays write, quoted for SQL.
 func (t Table) ownTables() []string {
 	return []string{t.own("outbox_relay_checkpoints"), t.own("outbox_relay_history"), t.own("outbox_relay_leftovers"),
 		t.own("outbox_relay_batches"), t.own("outbox_relay_backlog")}
@@ -239,10 +243,10 @@ func (t Table) Own(name string) string {
 	return t.own(name)
 }
 
-// CheckOwnTables makes sure that what migrate makes for the relay itself is there, up to
-// the last column that a migration has added.
+// CheckOwnTables makes sure that what migrate makes for the relay itself is there, and as
+// this release makes it.
 func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {
-	for _, own := range t.ownTables() {
+	for _, own := range append(t.ownTables(), t.own("outbox_relay_secret")) {
 		var there bool
 		if err := conn.QueryRow(ctx, `select pg_catalog.to_regclass($1) is not null`, own).Scan(&there); err != nil {
 			return fmt.Errorf("look for table %s: %w", own, err)
@@ -251,14 +255,18 @@ func (t Table) CheckOwnTables(ctx context.Context, conn *pgx.Conn) error {
 			return &fault.Error{What: fmt.Sprintf("table %s does not exist", own), Remedy: "run `outbox-relay migrate`", Shell: "outbox-relay migrate"}
 		}
 	}
-	var current bool
-	err := conn.QueryRow(ctx, `select exists (select from pg_catalog.pg_attribute
-		where attrelid = pg_catalog.to_regclass($1) and attname = 'refused_at' and not attisdropped)`, t.leftovers()).Scan(&current)
+	var older *string
+	err := conn.QueryRow(ctx, `select case
+		when not exists (select from pg_catalog.pg_attribute
+			where attrelid = pg_catalog.to_regclass($1) and attname = 'refused_at' and not attisdropped) then 'table ' || $1
+		when exists (select from pg_catalog.pg_proc
+			where oid = pg_catalog.to_regprocedure($2) and prosrc not like '%outbox_relay_ask%') then 'function ' || $2
+		end`, t.leftovers(), t.retryFunction()+"(text[])").Scan(&older)
 	switch {
 	case err != nil:
-		return fmt.Errorf("look for table %s: %w", t.leftovers(), err)
-	case !current:
-		return &fault.Error{What: fmt.Sprintf("table %s was made by an earlier release", t.leftovers()), Remedy: "run `outbox-relay migrate` of this release", Shell: "outbox-relay migrate"}
+		return fmt.Errorf("look for what migrate makes for %s: %w", t, err)
+	case older != nil:
+		return &fault.Error{What: *older + " was made by an earlier release", Remedy: "run `outbox-relay migrate` of this release", Shell: "outbox-relay migrate"}
 	}
 	return nil
 }

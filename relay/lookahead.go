@@ -18,7 +18,7 @@ import (
 // look lets a lookahead read until it has enough. The session has then been read
 // from, and must be restarted.
 func (s *session) look(ctx context.Context, reader *replication.Session, ahead *lookahead) error {
-	ahead.decoder = decoder.New(s.layout.OID, s.table.Columns)
+	ahead.decoder = decoder.New(s.layout.OID, s.table.Columns, s.layout.Proof)
 	// The walsender sends what is flushed; the last records before the end may not be,
 	// and where nothing commits they would not for a quarter of a minute. A commit
 	// of our own flushes them.

@@ -46,7 +46,7 @@ type pipeline struct {
 func newPipeline(s *session, tracker *checkpoint.Tracker, recorder *recorder, from origin) *pipeline {
 	p := &pipeline{
 		session: s, tracker: tracker, recorder: recorder,
-		decoder:     decoder.New(s.layout.OID, s.table.Columns),
+		decoder:     decoder.New(s.layout.OID, s.table.Columns, s.layout.Proof),
 		after:       from.checkpoint.Position,
 		at:          from.checkpoint.Position,
 		batch:       from.batch,

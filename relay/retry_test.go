@@ -93,16 +93,15 @@ func TestRetryOnceTheLimitIsRaised(t *testing.T) {
 	requireLeaves(t, r)
 }
 
-// ask asks for rows by a message of our own making.
+// ask asks for rows by a request of our own making.
 func (b *bundle) ask(content any) {
 	b.Helper()
 	text, err := json.Marshal(content)
 	b.must(err)
-	b.exec(`select pg_logical_emit_message(true, 'outbox_relay:' || 'events'::regclass::oid, $1)`, string(text))
+	b.exec(`select outbox_relay_ask('events', $1)`, string(text))
 }
 
-// Anyone may emit such a message: it names ids, and what it says of them is not
-// believed.
+// What is asked for names ids, and what it says of them is not believed.
 func TestRequestsThatAreNone(t *testing.T) {
 	b := setup(t)
 	r := b.streaming()

@@ -165,7 +165,7 @@ func (l *backlog) readByRelay() time.Duration {
 	l.must(err)
 	ctx, stop := context.WithCancel(l.Context())
 	defer stop()
-	builder := &discardingSink{decoder: decoder.New(table, outbox.Columns{}), builder: newBuilder(messageConfig), left: l.events, done: stop}
+	builder := &discardingSink{decoder: decoder.New(table, outbox.Columns{}, outbox.Proof{}), builder: newBuilder(messageConfig), left: l.events, done: stop}
 	if err := session.Run(ctx, builder); !errors.Is(err, replication.ErrStopped) {
 		l.Fatal(err)
 	}

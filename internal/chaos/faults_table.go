@@ -320,8 +320,7 @@ func replayRows(s *season) injury {
 			return err
 		}
 		for part := range slices.Chunk(ids, 1000) {
-			_, err := tx.Exec(ctx, `select pg_logical_emit_message(true, 'outbox_relay:' || 'events'::regclass::oid,
-				json_build_object('replay', $1::text, 'ids', $2::text[])::text)`, run, part)
+			_, err := tx.Exec(ctx, `select outbox_relay_ask('events', json_build_object('replay', $1::text, 'ids', $2::text[])::text)`, run, part)
 			if err != nil {
 				return err
 			}

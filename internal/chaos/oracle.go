@@ -81,7 +81,8 @@ func (t *transactions) line(at, data string) error {
 			order: len(t.events) + len(t.wishes), rejected: columns["headers"] == illegalHeaders})
 		t.open.events++
 	case strings.HasPrefix(data, "message:"):
-		_, content, _ := strings.Cut(data, " content:")
+		_, signed, _ := strings.Cut(data, " content:")
+		_, content, _ := strings.Cut(signed, " ") // behind the signature
 		return t.wish(content)
 	}
 	return nil

@@ -36,9 +36,9 @@ func TestTransactionsOfTestDecoding(t *testing.T) {
 		{"0/50", "COMMIT"},
 		{"0/18", `table public.events: INSERT: id[text]:'c' payload[jsonb]:'1'`},
 		{"0/60", "COMMIT"},
-		{"0/68", `message: transactional: 1 prefix: outbox_relay:16400, sz: 43 content:{"retry": [{"id": "a", "attempt": 1}]}`},
+		{"0/68", `message: transactional: 1 prefix: outbox_relay:16400, sz: 48 content:5ig7 {"retry": [{"id": "a", "attempt": 1}]}`},
 		{"0/70", `table public.events: INSERT: id[text]:'d' payload[jsonb]:'1' headers[jsonb]:'{"content-type": "no"}'`},
-		{"0/78", `message: transactional: 1 prefix: outbox_relay:16400, sz: 33 content:{"replay": "x", "ids": ["b", "c"]}`},
+		{"0/78", `message: transactional: 1 prefix: outbox_relay:16400, sz: 38 content:5ig7 {"replay": "x", "ids": ["b", "c"]}`},
 		{"0/80", "COMMIT"},
 	} {
 		if err := decoded.line(line[0], line[1]); err != nil {

@@ -81,7 +81,7 @@ func (o *outbox) parkAndRetry() {
 // ask emits a request to publish rows.
 func (o *outbox) ask(request string) {
 	o.Helper()
-	o.exec(`select pg_logical_emit_message(true, 'outbox_relay:' || 'events'::regclass::oid, $1)`, request)
+	o.exec(`select outbox_relay_ask('events', $1)`, request)
 }
 
 // stall holds NATS's answers back, and meanwhile locks the row that waits for one.
