@@ -126,6 +126,14 @@ func Database(tb testing.TB, c *pgserver.Cluster) string {
 	return c.URL(name)
 }
 
+// EncodedDatabase is Database whose text is in another encoding than UTF8.
+func EncodedDatabase(tb testing.TB, c *pgserver.Cluster, encoding string) string {
+	tb.Helper()
+	name := databaseName(tb.Name(), databases.Add(1))
+	createDatabase(tb, c, name, "TEMPLATE template0 LOCALE 'C' ENCODING '"+encoding+"'")
+	return c.URL(name)
+}
+
 // createDatabase creates a database that Cleanup drops.
 func createDatabase(tb testing.TB, c *pgserver.Cluster, name, options string) {
 	tb.Helper()
