@@ -291,6 +291,7 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 	if err != nil {
 		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
+	postgres.RuntimeParams["client_encoding"] = "UTF8"
 	out, bars := terminal(std.err)
 	if err := migrateShown(ctx, postgres, target, logger(cfg.Log, out), bars); err != nil {
 		return err

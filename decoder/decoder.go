@@ -13,6 +13,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 
+	"outbox-relay/internal/charset"
 	"outbox-relay/outbox"
 )
 
@@ -43,6 +44,9 @@ type Decoder struct {
 	// Missing names the columns that the event's Relation did not list,
 	// because the row was written before the publication was extended.
 	Missing []string
+	// Defect says which value of the last Insert does not convert to UTF-8; empty: all
+	// do. Its bytes that are no characters are then written as \x and two hex digits.
+	Defect string
 	// Request is what the last Request asks for.
 	Request outbox.Request
 	// Stray says what is wrong with the last Stray.
@@ -58,7 +62,9 @@ type Decoder struct {
 	relations map[uint32]*relation // of this session, also other tables': an Insert of none is malformed
 	open      bool                 // between Begin and Commit
 	ordinal   uint64
-	bytes     []byte // of the last payload, where that is bytea
+	bytes     []byte         // of the last payload, where that is bytea
+	fields    []outbox.Field // of Event
+	text      []byte         // of the last Insert's values, as far as they were converted
 
 	beginMsg  pglogrepl.BeginMessage // here, so that a transaction costs no allocation
 	commitMsg pglogrepl.CommitMessage
@@ -75,7 +81,9 @@ type relation struct {
 // New returns a decoder for the events of the table with that OID, and for the requests
 // that this proof takes.
 func New(table uint32, columns outbox.Columns, proof outbox.Proof) *Decoder {
-	return &Decoder{table: table, prefix: outbox.RequestPrefix(table), proof: proof, columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
+	d := &Decoder{table: table, prefix: outbox.RequestPrefix(table), proof: proof, columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
+	d.fields = columns.Fields(&d.Event)
+	return d
 }
 
 // InTransaction reports whether a transaction is open: a keepalive that comes
@@ -159,7 +167,7 @@ func (d *Decoder) relation(data []byte) error {
 		return nil
 	}
 	for _, field := range d.columns.Fields(&d.Event) {
-		bound := rel.bind(msg.Columns, field)
+		bound := rel.bind(msg.Columns, field, d.columns.Charset)
 		if !bound && field.Usual == "id" {
 			return ErrNoID
 		}
@@ -172,9 +180,9 @@ func (d *Decoder) relation(data []byte) error {
 	return nil
 }
 
-func (r *relation) bind(columns []*pglogrepl.RelationMessageColumn, field outbox.Field) bool {
+func (r *relation) bind(columns []*pglogrepl.RelationMessageColumn, field outbox.Field, text charset.Charset) bool {
 	for i, column := range columns {
-		if column.Name == field.Name {
+		if text.Text(column.Name) == field.Name {
 			r.slots[i] = field.Value
 			return true
 		}
@@ -201,6 +209,9 @@ func (d *Decoder) insert(data []byte) (Kind, error) {
 	if err := rel.tuple(data[5:]); err != nil || oid != d.table {
 		return Nothing, err
 	}
+	if d.columns.Charset.Raw() {
+		d.convert()
+	}
 	if d.columns.Bytea() {
 		if err := d.unhex(); err != nil {
 			return Nothing, err
@@ -210,6 +221,22 @@ func (d *Decoder) insert(data []byte) (Kind, error) {
 	d.ordinal++
 	d.Event.Position.Ordinal = d.ordinal
 	return Insert, nil
+}
+
+// convert converts the event's values to UTF-8.
+func (d *Decoder) convert() {
+	d.Defect, d.text = "", d.text[:0]
+	for _, field := range d.fields {
+		if charset.ASCII(*field.Value) {
+			continue
+		}
+		start := len(d.text)
+		text, defect := d.columns.Charset.AppendUTF8(d.text, *field.Value)
+		d.text, *field.Value = text, text[start:len(text):len(text)]
+		if defect != "" && d.Defect == "" {
+			d.Defect = fmt.Sprintf("column %s has %s", field.Name, defect)
+		}
+	}
 }
 
 // unhex takes a bytea payload from its text, which is \x and hex digits, since the
@@ -278,7 +305,7 @@ func (d *Decoder) message(data []byte) (Kind, error) {
 	}
 	content, err := d.proof.Open(msg.Prefix, d.Event.XID, d.Event.Commit, msg.Content)
 	if err == nil {
-		d.Request, err = outbox.ParseRequest(content)
+		d.Request, err = outbox.ParseRequest([]byte(d.columns.Charset.Text(string(content)))) // Postgres converts no message
 	}
 	if d.Stray = err; err != nil {
 		return Stray, nil

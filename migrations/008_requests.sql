@@ -12,8 +12,8 @@
 --
 -- outbox_relay_ask asks the relay of an outbox for rows, by a transactional logical message
 -- that has the signature of the secret, the message's prefix, this transaction and the
--- request. The request is {"retry": [{"id": …, "attempt": …}, …]} or {"replay": run,
--- "ids": [id, …]}. It returns the LSN of the message.
+-- request. The request is {"retry": [{"id": ..., "attempt": ...}, ...]} or {"replay": run,
+-- "ids": [id, ...]}. It returns the LSN of the message.
 --
 -- Default privileges may give new tables and functions away: that is taken back. Roles that
 -- could retry before may ask, and those of relays may read the secret.

@@ -47,7 +47,7 @@ func Up(ctx context.Context, config *pgx.ConnConfig, t Target, log *slog.Logger,
 		return err
 	}
 	config = config.Copy()
-	config.RuntimeParams["search_path"] = quote(t.Schema)
+	config.RuntimeParams["search_path"], config.RuntimeParams["client_encoding"] = quote(t.Schema), "UTF8"
 	db := stdlib.OpenDB(*config)
 	defer db.Close()
 	if err := migrate(ctx, db, t, log, step); err != nil {

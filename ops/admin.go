@@ -50,7 +50,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
 	}
 	for name, value := range map[string]string{
-		"application_name": "outbox-relay command", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
+		"application_name": "outbox-relay command", "client_encoding": "UTF8", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
 		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed",
 	} {
 		config.RuntimeParams[name] = value

@@ -10,12 +10,13 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/charset"
 	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
 )
 
 // Names of the checks of Postgres, as far as they depend on a connection.
-var postgresChecks = []string{"server_version", "primary", "wal_level", "pooler", "tls", "replication", "replication_slots", "wal_senders",
+var postgresChecks = []string{"server_version", "primary", "wal_level", "encoding", "pooler", "tls", "replication", "replication_slots", "wal_senders",
 	"slot_limits", "standbys", "privileges"}
 
 func (e *examination) postgres(ctx context.Context) {
@@ -64,6 +65,22 @@ func (e *examination) checkServer() {
 	}
 	if e.judge("wal_level", e.server.CheckWALLevel()) {
 		e.ok("wal_level", "%s", e.server.WALLevel)
+	}
+	e.checkEncoding(charset.Of(e.sql.PgConn().ParameterStatus("server_encoding")))
+}
+
+// checkEncoding says what becomes of text that does not convert to UTF-8.
+func (e *examination) checkEncoding(text charset.Charset) {
+	switch {
+	case text.Name == "UTF8":
+		e.ok("encoding", "UTF8: every text can be sent")
+	case text.Raw():
+		e.warn("encoding", &fault.Error{What: text.Name + ": a row whose text has bytes that are no characters is parked, since a message is UTF-8",
+			Remedy: "move to a database in UTF8"})
+	default:
+		e.warn("encoding", &fault.Error{What: text.Name + ": Postgres can't send a row whose text has bytes that are no characters, and the slot can't be read past it: " +
+			"then the slot is recreated, and the pending rows are published from the table, but with keep the relay stops",
+			Remedy: "move to a database in UTF8"})
 	}
 }
 

@@ -61,12 +61,14 @@ type Kind struct {
 // Chosen counts the chosen rows by their types.
 func (t Table) Chosen(ctx context.Context, conn *pgx.Conn, s Selection) ([]Kind, error) {
 	where, args := s.where(t)
-	rows, err := conn.Query(ctx, `select e.`+t.column("aggregate_type")+`::text, e.`+t.column("event_type")+`::text, count(*)
-		from `+t.String()+` e where `+where+` group by 1, 2 order by 1, 2`, args)
-	if err != nil {
-		return nil, fmt.Errorf("count rows of %s: %w", t, err)
-	}
-	kinds, err := pgx.CollectRows(rows, pgx.RowToStructByPos[Kind])
+	kinds, err := shown(func(text func(string) string) ([]Kind, error) {
+		rows, err := conn.Query(ctx, `select `+text(`e.`+t.column("aggregate_type")+`::text`)+`, `+text(`e.`+t.column("event_type")+`::text`)+`, count(*)
+			from `+t.String()+` e where `+where+` group by 1, 2 order by 1, 2`, args)
+		if err != nil {
+			return nil, err
+		}
+		return pgx.CollectRows(rows, pgx.RowToStructByPos[Kind])
+	})
 	if err != nil {
 		return nil, fmt.Errorf("count rows of %s: %w", t, err)
 	}

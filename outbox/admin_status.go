@@ -216,13 +216,15 @@ func (t Table) Failures(ctx context.Context, conn *pgx.Conn, list int) (failed i
 	if err != nil {
 		return 0, false, nil, fmt.Errorf("count the failed rows of %s: %w", t, err)
 	}
-	rows, err := conn.Query(ctx, `select id, aggregate_type, event_type, failed_at,
-			coalesce(failed_reasons[cardinality(failed_reasons)], ''), failed_attempts`+recent+`
-		where status = 'failed' order by failed_at desc limit $2`, CensusFailed, list)
-	if err != nil {
-		return 0, false, nil, fmt.Errorf("list the failed rows of %s: %w", t, err)
-	}
-	newest, err = pgx.CollectRows(rows, pgx.RowToStructByPos[FailedRow])
+	newest, err = shown(func(text func(string) string) ([]FailedRow, error) {
+		rows, err := conn.Query(ctx, `select `+text("id")+`, `+text("aggregate_type")+`, `+text("event_type")+`, failed_at,
+				`+text("coalesce(failed_reasons[cardinality(failed_reasons)], '')")+`, failed_attempts`+recent+`
+			where status = 'failed' order by failed_at desc limit $2`, CensusFailed, list)
+		if err != nil {
+			return nil, err
+		}
+		return pgx.CollectRows(rows, pgx.RowToStructByPos[FailedRow])
+	})
 	if err != nil {
 		return 0, false, nil, fmt.Errorf("list the failed rows of %s: %w", t, err)
 	}

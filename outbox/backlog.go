@@ -72,7 +72,10 @@ func (b *Backlog) Next(ctx context.Context, limit int) ([]string, error) {
 		}
 		ids = append(ids, id)
 	}
-	if err := b.rows.Err(); err != nil {
+	switch err := b.rows.Err(); {
+	case Unprintable(err):
+		return nil, b.table.unprintableID(err)
+	case err != nil:
 		return nil, fmt.Errorf("read the backlog of %s: %w", b.table, err)
 	}
 	return ids, nil

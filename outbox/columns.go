@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/internal/charset"
 )
 
 // Columns says which columns of the table make an event.
@@ -20,6 +22,8 @@ type Columns struct {
 	// ID is the type of the id, with its collation unless that is the database's: what
 	// the order of the rows is by. Layout says it. Empty: text.
 	ID string
+	// Charset is the encoding of the database's text: Layout says it.
+	Charset charset.Charset
 }
 
 // Field is a column and where its value goes.

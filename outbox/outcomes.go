@@ -255,7 +255,7 @@ func (t Table) WriteLeftoversAnywhere(leftovers []Leftover, w *LeftoversWritten)
 }
 
 // whole returns the event as a JSON object of its columns. A payload of another type
-// than jsonb is a string, to the letter; bytea is in hex, as Postgres writes it.
+// than jsonb, or one that did not convert, is a string, to the letter; bytea is in hex, as Postgres writes it.
 func (e *Event) whole(columns Columns) (string, error) {
 	object := map[string]any{"commit_lsn": e.Position.Commit.String(), "ordinal": e.Position.Ordinal}
 	for _, field := range columns.Fields(e) {
@@ -263,8 +263,7 @@ func (e *Event) whole(columns Columns) (string, error) {
 		case value == nil:
 		case field.Usual == "payload" && columns.Bytea():
 			object[field.Name] = `\x` + hex.EncodeToString(value)
-		case field.Usual == "payload" && (columns.Payload == "" || columns.Payload == "jsonb"),
-			field.Usual == "headers" && json.Valid(value):
+		case (field.Usual == "payload" && (columns.Payload == "" || columns.Payload == "jsonb") || field.Usual == "headers") && json.Valid(value):
 			object[field.Name] = json.RawMessage(value)
 		default:
 			object[field.Name] = string(value)

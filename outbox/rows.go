@@ -15,6 +15,9 @@ import (
 type Row struct {
 	Event    Event // in memory of its own, without a position
 	Attempts int   // retried_attempts
+	// Unprintable is why Postgres can't send the row, of whose event then only id and
+	// status are known; empty: it can.
+	Unprintable string
 }
 
 // Pending reports whether the row waits to be published.
@@ -23,6 +26,9 @@ func (r *Row) Pending() bool { return string(r.Event.Status) == "pending" }
 // Rows reads the rows with these ids. An id that is not in the result has none.
 func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string) (map[string]*Row, error) {
 	byID := make(map[string]*Row, len(ids))
+	if len(ids) == 0 {
+		return byID, nil
+	}
 	err := t.lookUp(ctx, conn, ids, t.rowColumns(layout), func(r pgx.CollectableRow) (string, error) {
 		row, err := t.scanRow(r)
 		if err == nil {
@@ -30,7 +36,10 @@ func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []st
 		}
 		return string(row.Event.ID), err
 	})
-	if err != nil {
+	switch {
+	case Unprintable(err):
+		return t.rowsApart(ctx, conn, layout, ids, err)
+	case err != nil:
 		return nil, fmt.Errorf("read rows of %s: %w", t, err)
 	}
 	return byID, nil
@@ -40,13 +49,23 @@ func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []st
 // a row more. It returns of how many ids that are; those that have no row are gone.
 func (t Table) FirstRows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string, bytes int) (byID map[string]*Row, n int, err error) {
 	byID = map[string]*Row{}
-	for step := firstStep; n < len(ids) && bytes > 0; step *= 2 { // what is read beyond the bytes is thrown away
+	for step := firstStep; n < len(ids) && bytes > 0; { // what is read beyond the bytes is thrown away
 		some := ids[n:min(n+step, len(ids))]
 		taken, size, err := t.rowsInOrder(ctx, conn, layout, some, bytes, byID)
+		switch {
+		case Unprintable(err) && len(some) > 1: // smaller steps lead to the row that can't be printed
+			step = len(some) / 2
+			continue
+		case Unprintable(err):
+			taken, size = 1, 0
+			apart, alone := t.rowsApart(ctx, conn, layout, some, err)
+			maps.Copy(byID, apart)
+			err = alone
+		}
 		if err != nil {
 			return nil, 0, fmt.Errorf("read rows of %s: %w", t, err)
 		}
-		n, bytes = n+taken, bytes-size
+		n, bytes, step = n+taken, bytes-size, 2*step
 	}
 	if !t.ByTime || len(byID) == n {
 		return byID, n, nil

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/charset"
 	"outbox-relay/internal/fault"
 )
 
@@ -37,7 +38,7 @@ type Table struct {
 
 // As returns the table as the catalog has it.
 func (t Table) As(l Layout) Table {
-	t.Columns.Payload, t.Columns.ID, t.ByTime = l.Payload, l.ID, l.ByTime
+	t.Columns.Payload, t.Columns.ID, t.Columns.Charset, t.ByTime = l.Payload, l.ID, l.Charset, l.ByTime
 	return t
 }
 
@@ -57,6 +58,7 @@ type Layout struct {
 	Payload string          // the type of the payload
 	ID      string          // the type of the id, as Columns has it
 	ByTime  bool            // see Table
+	Charset charset.Charset // of the database's text
 	Proof   Proof           // of requests: Inspect reads it
 }
 
@@ -78,7 +80,7 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 // ReadLayout reads the layout; a table that is not there, or lacks a column, is an
 // error that says what to do.
 func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
-	l := Layout{Columns: map[string]bool{}}
+	l := Layout{Columns: map[string]bool{}, Charset: charset.Of(conn.PgConn().ParameterStatus("server_encoding"))}
 	rows, err := conn.Query(ctx, `select a.attrelid, a.attname, pg_catalog.format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null),
 			coalesce((select ' collate ' || pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.collname)
 				from pg_catalog.pg_collation c join pg_catalog.pg_namespace n on n.oid = c.collnamespace

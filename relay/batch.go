@@ -2,13 +2,10 @@ package relay
 
 import (
 	"context"
-	"errors"
-	"strings"
-
-	"github.com/jackc/pgx/v5/pgconn"
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
+	"outbox-relay/sink"
 )
 
 // request takes a request to publish rows from the table. In the order of
@@ -29,10 +26,6 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 		rows, err = p.table.Rows(ctx, p.sql, p.layout, r.IDs)
 		return err
 	})
-	if noText(err) {
-		p.stray(err)
-		return p.pass(end, xid)
-	}
 	if err != nil {
 		return err
 	}
@@ -56,13 +49,6 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 		return err
 	}
 	return p.publishBatch(batch, rows)
-}
-
-// noText reports whether what was asked for can't be text of this database
-// (SQLSTATE class 22), and so no row's id.
-func noText(err error) bool {
-	var pgErr *pgconn.PgError
-	return errors.As(err, &pgErr) && strings.HasPrefix(pgErr.Code, "22")
 }
 
 func (p *pipeline) tellRequest(b checkpoint.TableBatch, leftOut int) {
@@ -167,6 +153,9 @@ func (p *pipeline) row(b checkpoint.TableBatch, place int, row *outbox.Row) erro
 	}
 	e := &row.Event
 	e.Run, e.Position = b.Run, p.position(b, place)
+	if row.Unprintable != "" {
+		return p.rejected(index, e, &sink.RejectedError{Reason: row.Unprintable})
+	}
 	return p.send(index, e)
 }
 

@@ -341,7 +341,7 @@ func (h *housekeeper) fitting(ctx context.Context, due []outbox.Failure) ([]stri
 		}
 		switch row := rows[failure.ID]; {
 		case row == nil: // gone
-		case h.limits.Fits(&row.Event) == nil:
+		case row.Unprintable == "" && h.limits.Fits(&row.Event) == nil:
 			ids = append(ids, failure.ID)
 		case len(h.unfit) < maxUnfit:
 			h.unfit[failure.ID] = time.Now()

@@ -159,6 +159,9 @@ func (p *pipeline) event(e *outbox.Event) error {
 	if p.known(index, e.AggregateType) {
 		return nil
 	}
+	if p.decoder.Defect != "" { // no message has a place for such bytes
+		return p.rejected(index, e, &sink.RejectedError{Reason: p.decoder.Defect})
+	}
 	if err := p.fill(e); err != nil {
 		return p.rejected(index, e, err)
 	}
@@ -227,6 +230,9 @@ func (p *pipeline) fill(e *outbox.Event) error {
 	err := p.recorder.visible(p.ctx, e.XID, func(ctx context.Context) error {
 		return p.explainSchema(ctx, p.table.Fill(ctx, p.sql, e, names))
 	})
+	if outbox.Unprintable(err) {
+		return &sink.RejectedError{Reason: fmt.Sprintf("its columns %v were not published when it was inserted, and Postgres can't send them: %s", names, err)}
+	}
 	if errors.Is(err, outbox.ErrNoRow) {
 		return &sink.RejectedError{Reason: fmt.Sprintf("its columns %v were not published when it was inserted, and its row is gone", names)}
 	}

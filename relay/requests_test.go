@@ -274,7 +274,7 @@ func TestRequestsOfTheReleaseBefore(t *testing.T) {
 			request(b, map[string]any{"replay": run, "ids": ids}))
 	}
 	emit("before")
-	b.exec(`alter table outbox_relay_secret replica identity full`) // for a publication of all tables
+	b.exec(`alter table outbox_relay_secret replica identity full`)    // for a publication of all tables
 	b.exec(`update outbox_relay_secret set since = clock_timestamp()`) // as migrate does where a relay has run
 	emit("after")
 	r = b.streaming()

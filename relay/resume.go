@@ -254,17 +254,26 @@ func (s *session) explainReading(err error) error {
 	noPublication := errors.Is(err, replication.ErrPublication) || errors.As(err, &pgErr) && pgErr.Code == "42704"
 	switch {
 	case noPublication:
-		why := fmt.Sprintf("%s: events that were committed while the publication was missing can't be read from the slot", err)
-		if reason := s.cantHeal(); reason != "" {
-			return fmt.Errorf("%w: %s; they stand in the table with status 'pending', and %s. Make it with `outbox-relay migrate`, then, %s", err, why, reason, s.startAnew())
-		}
-		s.relay.unreadable.Store(&unreadable{why: why, confirmed: s.confirmed})
-		return fmt.Errorf("%w: %s", errSlotLost, why)
+		return s.giveUpSlot(err, "events that were committed while the publication was missing can't be read from the slot", "Make it with `outbox-relay migrate`, then")
+	case errors.Is(err, replication.ErrWalsender) && outbox.Unprintable(err):
+		return s.giveUpSlot(err, "Postgres can't send a row that was inserted there, so that it and what follows can't be read from the slot",
+			"Set the status of those that were delivered to 'published', and that of the row which a SELECT of it fails for to 'failed'; then")
 	case errors.Is(err, decoder.ErrNoID):
 		return fmt.Errorf("%w in table %s when they were inserted, so they can't be told from others; they stand in the table with status 'pending'. "+
 			"Give the column its name back, then, %s", err, s.table, s.startAnew())
 	}
 	return err
+}
+
+// giveUpSlot lets the next session publish from the table what the slot can't give; where
+// that can't be, it says what to do before starting anew.
+func (s *session) giveUpSlot(err error, what, before string) error {
+	if reason := s.cantHeal(); reason != "" {
+		return fmt.Errorf("%w: %s; they stand in the table with status 'pending', and %s. %s, %s", err, what, reason, before, s.startAnew())
+	}
+	why := fmt.Sprintf("%s: %s", err, what)
+	s.relay.unreadable.Store(&unreadable{why: why, confirmed: s.confirmed})
+	return fmt.Errorf("%w: %s", errSlotLost, why)
 }
 
 // explainSchema says what the table lacks, where that is why a statement failed.

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/charset"
 	"outbox-relay/internal/lsn"
 	"outbox-relay/replication/pace"
 )
@@ -37,7 +38,8 @@ var ErrSlotInUse = errors.New("the slot is in use")
 
 // Conn is a replication connection before it streams. It has one owner.
 type Conn struct {
-	pg *pgconn.PgConn
+	pg      *pgconn.PgConn
+	charset charset.Charset // of the database's text
 }
 
 // Connect opens a replication connection to the database of config, which is
@@ -74,7 +76,7 @@ func Connect(ctx context.Context, config *pgconn.Config) (*Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Conn{pg}, nil
+	return &Conn{pg, charset.Of(pg.ParameterStatus("server_encoding"))}, nil
 }
 
 // NoTransactionTimeout is what follows connecting: no transaction of the session

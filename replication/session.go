@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgproto3"
 
+	"outbox-relay/internal/charset"
 	"outbox-relay/internal/wait"
 	"outbox-relay/replication/pace"
 )
@@ -36,6 +37,8 @@ var (
 	ErrStopped = errors.New("session stopped")
 	// ErrEnded says that the server ended the stream: it shuts down.
 	ErrEnded = errors.New("the server ended the stream")
+	// ErrWalsender says that the walsender failed, for the cause that it is wrapped with.
+	ErrWalsender = errors.New("the walsender failed")
 	// ErrPublication says that the server cannot apply the publication: it
 	// passes over events while it goes on streaming.
 	ErrPublication = errors.New("the publication is not usable")
@@ -86,6 +89,9 @@ func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed pg
 	if confirmed == 0 {
 		return nil, errors.New("start replication: the slot's confirmed LSN is 0") // 0 would be taken for the write position
 	}
+	if err := c.takeRaw(ctx, publication); err != nil {
+		return nil, fmt.Errorf("start replication from slot %s: %w", slot, err)
+	}
 	err := pglogrepl.StartReplication(ctx, c.pg, quote(slot), 0, pglogrepl.StartReplicationOptions{
 		Mode: pglogrepl.LogicalReplication,
 		PluginArgs: []string{
@@ -103,6 +109,29 @@ func (c *Conn) Start(ctx context.Context, slot, publication string, confirmed pg
 	s := &Session{conn: c, slot: slot, at: confirmed, moved: make(chan struct{}, 1), ask: make(chan struct{}, 1)}
 	s.confirmed.Store(uint64(confirmed))
 	return s, nil
+}
+
+// takeRaw lets the walsender send text as it is where the relay converts it: one that
+// converts text itself can't be led past a row that does not convert. With SQL_ASCII at
+// either end Postgres converts nothing, and what is sent to it has to be of the database's encoding.
+// Source: pg_server_to_any in src/backend/utils/mb/mbutils.c.
+func (c *Conn) takeRaw(ctx context.Context, publication string) error {
+	switch {
+	case !c.charset.Raw():
+		return nil
+	case !charset.ASCII(publication):
+		return fmt.Errorf("the database's encoding is %s: OUTBOX_PUBLICATION must have a name of ASCII characters there, not %s", c.charset.Name, publication)
+	}
+	_, err := c.pg.Exec(ctx, "set client_encoding to 'SQL_ASCII'").ReadAll()
+	return err
+}
+
+// explain is what the server says, in UTF-8.
+func (c *Conn) explain(msg *pgproto3.ErrorResponse) error {
+	for _, text := range []*string{&msg.Message, &msg.Detail, &msg.Hint, &msg.Where} {
+		*text = c.charset.Text(*text)
+	}
+	return pgconn.ErrorResponseToPgError(msg)
 }
 
 // Confirm lets the slot move on to lsn. Lower values than before are ignored.
@@ -164,7 +193,7 @@ func (s *Session) read(handler Handler) error {
 		case *pgproto3.CopyData:
 			err = s.handle(msg.Data, handler)
 		case *pgproto3.ErrorResponse:
-			err = fmt.Errorf("slot %s: %w", s.slot, pgconn.ErrorResponseToPgError(msg))
+			err = fmt.Errorf("slot %s behind %s: %w: %w", s.slot, s.at, ErrWalsender, s.conn.explain(msg))
 		case *pgproto3.NoticeResponse:
 			err = s.notice(msg, handler)
 		case *pgproto3.ParameterStatus:
@@ -212,9 +241,9 @@ func (s *Session) handle(data []byte, handler Handler) error {
 // translated, so only the routine tells them apart.
 func (s *Session) notice(msg *pgproto3.NoticeResponse, handler Handler) error {
 	if msg.Code == "55000" && msg.Routine != "StandbySlotsHaveCaughtup" {
-		return fmt.Errorf("slot %s: %w: %s", s.slot, ErrPublication, msg.Message)
+		return fmt.Errorf("slot %s: %w: %s", s.slot, ErrPublication, s.conn.charset.Text(msg.Message))
 	}
-	handler.Notice(msg.Message)
+	handler.Notice(s.conn.charset.Text(msg.Message))
 	return nil
 }
 
@@ -299,7 +328,7 @@ func (s *Session) Finish(ctx context.Context) error {
 		case *pgproto3.ReadyForQuery:
 			return nil
 		case *pgproto3.ErrorResponse:
-			return pgconn.ErrorResponseToPgError(msg)
+			return s.conn.explain(msg)
 		}
 	}
 }
