@@ -289,7 +289,8 @@ async function retry(what, button) {
     say("The relay does not answer.");
   }
   button.disabled = false;
-  if (document.activeElement === document.body) button.focus();
+  // Its row may have gone meanwhile, and a disabled button has no focus to hand on.
+  if (document.activeElement === document.body) (button.isConnected ? button : $("parked-title")).focus();
   await lookParked();
 }
 
