@@ -320,6 +320,11 @@ func (r *recorder) mayConfirm() bool {
 	return len(r.pending) > 0 && !time.Now().Before(r.pending[0].due)
 }
 
+// held adds an LSN that was recorded now to those that wait for the delay.
+func held(pending []confirmation, lsn pglogrepl.LSN, now time.Time, delay time.Duration) []confirmation {
+	return append(pending, confirmation{lsn: lsn, due: now.Add(delay)})
+}
+
 // confirmPending confirms what was recorded before the look. Where
 // synchronized_standby_slots names standbys, these must have passed the
 // checkpoint's own commit, or a promoted one has a slot ahead of it. WAL is never
@@ -369,7 +374,7 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	r.position, r.confirm = advance.Position, max(r.confirm, b.Safe)
 	r.batch.Done += advance.Batch.Rows
 	r.tracker.Recorded(b)
-	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
+	r.pending = held(r.pending, b.Safe, time.Now(), r.relay.config.ConfirmDelay)
 	r.lastWrite, r.ownEnd = time.Now(), 0
 	r.tell(recorded, len(items))
 	if len(b.Items) > 0 {
