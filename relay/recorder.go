@@ -65,6 +65,7 @@ type recorder struct {
 type confirmation struct {
 	lsn   pglogrepl.LSN
 	after pglogrepl.LSN // the standbys must have passed this; 0: not seen yet
+	began time.Time     // when it, or an LSN whose place it took, began to wait
 	due   time.Time     // when the delay is over
 }
 
@@ -320,9 +321,19 @@ func (r *recorder) mayConfirm() bool {
 	return len(r.pending) > 0 && !time.Now().Before(r.pending[0].due)
 }
 
-// held adds an LSN that was recorded now to those that wait for the delay.
+// heldParts is into how many parts the LSNs that wait divide the delay: as many are kept
+// at most, and a few.
+const heldParts = 256
+
+// held adds an LSN that was recorded now to those that wait for the delay. It takes the
+// place of the last one if that began to wait only a part of the delay ago.
 func held(pending []confirmation, lsn pglogrepl.LSN, now time.Time, delay time.Duration) []confirmation {
-	return append(pending, confirmation{lsn: lsn, due: now.Add(delay)})
+	c := confirmation{lsn: lsn, began: now, due: now.Add(delay)}
+	if last := len(pending) - 1; last >= 0 && now.Sub(pending[last].began) < delay/heldParts {
+		c.began = pending[last].began
+		pending = pending[:last]
+	}
+	return append(pending, c)
 }
 
 // confirmPending confirms what was recorded before the look. Where
