@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"math"
 
 	"github.com/jackc/pglogrepl"
 	"github.com/jackc/pgx/v5"
@@ -64,7 +65,7 @@ func (s *Store) Earlier(ctx context.Context) ([]Earlier, error) {
 func (s *Store) GoBack(ctx context.Context, now *Checkpoint, e Earlier) error {
 	to := *now
 	to.Position, to.MessageID = e.Position, e.MessageID
-	to.Bound += int(now.Sequence - e.Sequence)
+	to.Bound = min(to.Bound+int(now.Sequence-e.Sequence), math.MaxInt32) // its column has no more
 	to.Sequence = e.Sequence
 	err := s.changeClaimed(ctx, "go back with the", `commit_lsn = @commit::pg_lsn, ordinal = @ordinal, stream_sequence = @sequence,
 			message_id = nullif(@message::text, ''), unrecorded_bound = @bound, updated_at = now()`,

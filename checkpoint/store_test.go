@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"testing"
 	"time"
@@ -457,5 +458,22 @@ func TestZombieAnnouncesNothing(t *testing.T) {
 	}
 	if batch, err := young.Batch(t.Context()); err != nil || len(batch.IDs) != 0 {
 		t.Errorf("the young one finds %+v, %v", batch, err)
+	}
+}
+
+// The bound of a checkpoint that goes back by more messages than its column can count is
+// the largest that it can: less is never taken for granted, and the relay starts.
+func TestGoBackByVeryMany(t *testing.T) {
+	t.Parallel()
+	b := setup(t)
+	s, _ := b.begun("relay")
+	cp, err := s.Read(t.Context())
+	b.must(err)
+	cp.Sequence = 5_000_000_000
+	b.must(s.GoBack(t.Context(), &cp, checkpoint.Earlier{Position: checkpoint.Position{Commit: 50}, Confirmed: 50, Sequence: 30}))
+	back, err := s.Read(t.Context())
+	b.must(err)
+	if back.Bound != math.MaxInt32 || back.Sequence != 30 || cp.Bound != back.Bound {
+		t.Errorf("the checkpoint is %+v, and was told to be %+v", back, cp)
 	}
 }

@@ -190,18 +190,21 @@ func (t *Tracker) prefix(limit int, visible func(uint32) bool) int {
 	return stop
 }
 
-// Recorded says that the batch is durable: its items leave the tracker.
+// Recorded says that the batch is durable: its items leave the tracker. What they cover may
+// have grown since Batch.
 func (t *Tracker) Recorded(b Batch) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.safe = max(t.safe, b.Safe)
 	for range b.Items {
-		t.at(t.head).Detail = nil
+		it := t.at(t.head)
+		t.safe = max(t.safe, it.safe)
+		it.Detail = nil
 		t.head++
 	}
 	t.sequence = max(t.sequence, b.Sequence)
-	t.safe = max(t.safe, b.Safe)
 	t.changed.Broadcast()
-	if t.len() > 0 && t.at(t.head).Outcome != Pending {
+	if t.safe > b.Safe || t.len() > 0 && t.at(t.head).Outcome != Pending {
 		t.notify()
 	}
 }

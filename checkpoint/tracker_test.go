@@ -207,7 +207,8 @@ func (h *history) settle() {
 	h.ready = known && i == m.recorded
 }
 
-// record takes a batch, and says that it is durable, or fails to make it so.
+// record takes a batch, and says that it is durable, or fails to make it so. Meanwhile
+// the reader goes on.
 func (h *history) record() {
 	m := &h.model
 	limit := 1 + h.rand.IntN(12)
@@ -219,9 +220,17 @@ func (h *history) record() {
 	if h.rand.IntN(4) == 0 {
 		return
 	}
+	rang := false
+	for range h.rand.IntN(3) {
+		if h.rand.IntN(2) == 0 {
+			h.transaction()
+		}
+		h.cover()
+		rang = rang || h.ready
+	}
 	h.tracker.Recorded(b)
 	m.recorded = end
-	h.ready = end < len(m.items) && m.items[end].outcome != checkpoint.Pending
+	h.ready = rang || m.safeAt(end) > b.Safe || end < len(m.items) && m.items[end].outcome != checkpoint.Pending
 }
 
 func (h *history) compare(b checkpoint.Batch, end int) {

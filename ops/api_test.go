@@ -7,9 +7,12 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
+	"outbox-relay/internal/config"
 	"outbox-relay/ops"
 	"outbox-relay/relay"
 )
@@ -57,6 +60,8 @@ func TestWhoMayRetry(t *testing.T) {
 		{"another token", one, []string{"Authorization: Bearer " + token + "x"}, http.StatusUnauthorized, "not the token"},
 		{"empty token", one, []string{"Authorization: Bearer "}, http.StatusUnauthorized, "not the token"},
 		{"a cookie", one, []string{"Cookie: token=" + token}, http.StatusUnauthorized, "not the token"},
+		{"without Bearer", one, []string{"Authorization: " + token}, http.StatusUnauthorized, "not the token"},
+		{"another scheme", one, []string{"Authorization: Token " + token}, http.StatusUnauthorized, "not the token"},
 		{"basic", one, []string{"Authorization: Basic " + token}, http.StatusUnauthorized, "not the token"},
 		{"a form", one, []string{bearer, "Content-Type: application/x-www-form-urlencoded"}, http.StatusUnsupportedMediaType, "application/json"},
 		{"no JSON", `ids`, []string{bearer}, http.StatusBadRequest, "read the body"},
@@ -65,6 +70,7 @@ func TestWhoMayRetry(t *testing.T) {
 		{"both", `{"ids": ["a"], "all": true}`, []string{bearer}, http.StatusBadRequest, "ids"},
 		{"too many", `{"ids": [` + strings.Repeat(`"a",`, 1000) + `"a"]}`, []string{bearer}, http.StatusBadRequest, "1000"},
 		{"too much", `{"ids": ["` + strings.Repeat("a", 1<<17) + `"]}`, []string{bearer}, http.StatusRequestEntityTooLarge, "bytes"},
+		{"scheme in lower case", one, []string{"Authorization: bearer " + token}, http.StatusServiceUnavailable, "there is no Postgres"},
 		{"let in", one, []string{bearer}, http.StatusServiceUnavailable, "there is no Postgres"},
 	} {
 		if status, text := s.post(c.body, c.headers...); status != c.status || !strings.Contains(text, c.text) {
@@ -76,6 +82,101 @@ func TestWhoMayRetry(t *testing.T) {
 	readOnly := serve(t, relay.Config{})
 	if status, text := readOnly.post(one, bearer); status != http.StatusForbidden || !strings.Contains(text, "OUTBOX_HTTP_TOKEN is not set") {
 		t.Errorf("without a token: %d %s", status, text)
+	}
+}
+
+// A token that is replaced in its file counts from the next request on, if it is long
+// enough; one that is not is refused, and not shown.
+func TestTokenIsRotated(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "token")
+	rotate := func(token string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(token), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rotate(token)
+	t.Setenv("OUTBOX_POSTGRES_URL", "postgres://h/db")
+	t.Setenv("OUTBOX_HTTP_TOKEN_FILE", path)
+	cfg, err := config.Load()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := serve(t, relay.Config{Postgres: func() (string, error) { return "", errors.New("there is no Postgres") }},
+		func(what *ops.Serving) { what.Token = cfg.HTTP.Token.Value })
+	const another, short = "another-token-that-nobody-guesses", "tooshort"
+	for _, c := range []struct {
+		file, given string
+		status      int
+		text        string
+	}{
+		{token, token, http.StatusServiceUnavailable, "there is no Postgres"},
+		{another + "\n", token, http.StatusUnauthorized, "not the token"},
+		{another + "\n", another, http.StatusServiceUnavailable, "there is no Postgres"},
+		{short, short, http.StatusServiceUnavailable, "has 8 characters"},
+		{"\n", "", http.StatusServiceUnavailable, "OUTBOX_HTTP_TOKEN_FILE"},
+	} {
+		rotate(c.file)
+		status, text := s.post(`{"all": true}`, "Authorization: Bearer "+c.given)
+		if status != c.status || !strings.Contains(text, c.text) || strings.Contains(text, short) {
+			t.Errorf("the file has %q, given is %q: got %d %s, want %d and %q", c.file, c.given, status, text, c.status, c.text)
+		}
+	}
+}
+
+// A site whose name leads to the relay's address (DNS rebinding) makes browsers take the
+// relay for a part of that site. Such a name is refused; probes and Prometheus may use any.
+func TestPageRefusesNamesOfOthers(t *testing.T) {
+	s := serve(t, relay.Config{Postgres: func() (string, error) { return "", errors.New("there is no Postgres") }}, withToken, func(what *ops.Serving) {
+		what.Admin.HTTP = "relay.example.com:8080"
+		what.Debug = true
+	})
+	ask := func(method, host, path string) (int, string) {
+		t.Helper()
+		request, err := http.NewRequest(method, "http://"+s.addr+path, strings.NewReader(`{"all": true}`))
+		if err != nil {
+			t.Fatal(err)
+		}
+		request.Host = host
+		request.Header.Set("Authorization", "Bearer "+token)
+		response, err := http.DefaultClient.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		text, err := io.ReadAll(response.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return response.StatusCode, string(text)
+	}
+	guarded := []string{"/", "/page.js", "/api/status", "/api/parked", "/debug/pprof/", "/nothing"}
+	for _, host := range []string{"evil.example", "evil.example:8080", "localhost.evil.example", "127.0.0.1.evil.example:8080", "evil.",
+		"localhost.", "example.com", "elsewhere.relay.example.com", "evil.example:localhost", "[evil.example]", "[::1].evil.example"} {
+		for _, path := range guarded {
+			if status, text := ask(http.MethodGet, host, path); status != http.StatusMisdirectedRequest || !strings.Contains(text, "OUTBOX_HTTP_ADDR") {
+				t.Errorf("%s of %q answers %d %.80s", path, host, status, text)
+			}
+		}
+		if status, text := ask(http.MethodPost, host, "/api/retry"); status != http.StatusMisdirectedRequest {
+			t.Errorf("a retry by %q answers %d %s", host, status, text)
+		}
+		for _, path := range []string{"/metrics", "/healthz", "/readyz"} {
+			if status, _ := ask(http.MethodGet, host, path); status == http.StatusMisdirectedRequest {
+				t.Errorf("%s of %q answers %d", path, host, status)
+			}
+		}
+	}
+	for _, host := range []string{"127.0.0.1", "127.0.0.1:8080", "10.1.2.3:80", "[::1]", "[::1]:8080", "localhost", "LOCALHOST:8080",
+		"outbox-relay:8080", "relay.example.com", "Relay.Example.COM:443"} {
+		for _, path := range guarded {
+			if status, text := ask(http.MethodGet, host, path); status == http.StatusMisdirectedRequest || status == http.StatusBadRequest {
+				t.Errorf("%s of %q answers %d %.80s", path, host, status, text)
+			}
+		}
+		if status, text := ask(http.MethodPost, host, "/api/retry"); status != http.StatusUnsupportedMediaType {
+			t.Errorf("a retry by %q answers %d %s", host, status, text)
+		}
 	}
 }
 

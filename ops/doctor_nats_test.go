@@ -1,9 +1,14 @@
 package ops_test
 
 import (
+	"bufio"
+	"bytes"
 	"crypto/tls"
 	"fmt"
+	"io"
+	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -222,5 +227,83 @@ func TestDoctorSeesTLSToNATS(t *testing.T) {
 	lines := d.diagnose(d.doctor(toward(func(c *sink.Config) { c.Servers, c.TLS = []string{secured}, sink.TLS{CA: a.Path("ca.pem")} })))
 	if line := lines["nats.tls"]; line.State != "ok" || !strings.Contains(line.Found, "TLS 1.3") {
 		t.Errorf("%+v", line)
+	}
+}
+
+// closing is a way to a NATS server that ends for good at the client's n-th publish, by an
+// error of the protocol after which the client library gives the connection up. passed is
+// how many publishes it has seen.
+func closing(t *testing.T, target string, n int64) (addr string, passed *atomic.Int64) {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { listener.Close() })
+	passed = &atomic.Int64{}
+	serve := func(client net.Conn) {
+		defer client.Close()
+		server, err := net.Dial("tcp", target)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer server.Close()
+		go func() { _, _ = io.Copy(client, server) }()
+		for lines := bufio.NewReader(client); ; {
+			line, err := lines.ReadBytes('\n')
+			if err != nil {
+				return
+			}
+			if bytes.HasPrefix(line, []byte("PUB ")) || bytes.HasPrefix(line, []byte("HPUB ")) {
+				if passed.Add(1) == n {
+					_, _ = client.Write([]byte("-ERR 'an error that no client knows'\r\n"))
+					return
+				}
+			}
+			if _, err := server.Write(line); err != nil {
+				return
+			}
+		}
+	}
+	go func() {
+		for {
+			client, err := listener.Accept()
+			if err != nil {
+				return
+			}
+			go serve(client)
+		}
+	}()
+	return listener.Addr().String(), passed
+}
+
+// Whenever NATS ends the connection for good, the doctor reports it, and goes on.
+func TestDoctorWhoseNATSCloses(t *testing.T) {
+	t.Parallel()
+	d := setup(t)
+	r := d.relay()
+	d.insert(3, "order", "placed")
+	testenv.Eventually(d, "the rows published", func() bool {
+		return ask[int](d, `select count(*) from events where status = 'published' and aggregate_type <> 'history'`) == 3
+	})
+	r.Terminate()
+	target := strings.TrimPrefix(d.nats.URL(), "nats://")
+	for n := int64(1); ; n++ {
+		addr, passed := closing(t, target, n)
+		lines := d.diagnose(d.doctor(toward(func(c *sink.Config) { c.Servers = []string{"nats://" + addr} })))
+		if passed.Load() < n {
+			if n < 6 || lines["nats.stream_checkpoint"].State != "ok" {
+				t.Errorf("the doctor publishes %d times, and finds %+v", n-1, lines["nats.stream_checkpoint"])
+			}
+			return
+		}
+		told := false
+		for _, line := range lines {
+			told = told || strings.HasPrefix(line.Group, "nats") && (line.State == "fault" || line.State == "skipped") && strings.Contains(line.Found, "clos")
+		}
+		if !told {
+			t.Errorf("NATS closes at message %d, and the doctor says\n%+v", n, lines)
+		}
 	}
 }

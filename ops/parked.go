@@ -127,9 +127,9 @@ func (s *Server) authorize(r *http.Request) (code int, err error) {
 	if err != nil {
 		return http.StatusServiceUnavailable, err
 	}
-	given, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	scheme, given, _ := strings.Cut(r.Header.Get("Authorization"), " ")
 	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(want))
-	if subtle.ConstantTimeCompare(a[:], b[:]) != 1 {
+	if !strings.EqualFold(scheme, "Bearer") || subtle.ConstantTimeCompare(a[:], b[:]) != 1 {
 		return http.StatusUnauthorized, errors.New("this is not the token of OUTBOX_HTTP_TOKEN")
 	}
 	return 0, nil

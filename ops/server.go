@@ -10,6 +10,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -77,6 +79,13 @@ func (s *Server) routes() http.Handler {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(s.Gatherer, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", s.healthz)
 	mux.HandleFunc("GET /readyz", s.readyz)
+	mux.Handle("/", ownHost(s.Admin.HTTP, s.pageRoutes()))
+	return guarded(mux)
+}
+
+// pageRoutes is what browsers ask for.
+func (s *Server) pageRoutes() http.Handler {
+	mux := http.NewServeMux()
 	mux.Handle("GET /", pageFiles())
 	mux.HandleFunc("GET /api/status", s.status)
 	mux.HandleFunc("GET /api/parked", s.listParked)
@@ -87,7 +96,38 @@ func (s *Server) routes() http.Handler {
 		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	}
-	return guarded(mux)
+	return mux
+}
+
+// ownHost refuses requests whose Host may be the name of another site. Such a site can let
+// its name lead to this address after its page was loaded (DNS rebinding); the browser
+// then lets that page read what is here. addr is OUTBOX_HTTP_ADDR.
+func ownHost(addr string, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !isOwnHost(r.Host, addr) {
+			refuse(w, http.StatusMisdirectedRequest, fmt.Sprintf("the status page does not answer to the name %q: ask for it by an IP address, "+
+				"a name without a dot, or the name in OUTBOX_HTTP_ADDR; a proxy in front of it has to send Host: localhost", r.Host))
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+// isOwnHost reports whether host is an IP address, a name without a dot, or the name in
+// addr. The first is no name, nobody can have the second in the public DNS, and the third
+// is configured.
+func isOwnHost(host, addr string) bool {
+	name := hostname(host)
+	_, err := netip.ParseAddr(name)
+	return err == nil || !strings.Contains(name, ".") || strings.EqualFold(name, hostname(addr))
+}
+
+// hostname returns host or host:port without the port, and an IPv6 address without brackets.
+func hostname(hostport string) string {
+	if host, _, err := net.SplitHostPort(hostport); err == nil {
+		return host
+	}
+	return strings.Trim(hostport, "[]")
 }
 
 // contentPolicy lets the page load its own files and ask its own server, and

@@ -84,3 +84,40 @@ func TestNear(t *testing.T) {
 		}
 	}
 }
+
+// Rows are read until they have so many bytes, also those that are looked for in all
+// partitions; what is left out is read by the next call, and no row twice.
+func TestFirstRowsOfAnyPartition(t *testing.T) {
+	t.Parallel()
+	few := layouts[1]
+	few.after = `alter table events disable trigger user;
+		create table events_2020 partition of events for values from ('2019-12-01') to ('2020-02-01');
+		create table events_since partition of events for values from ('2022-01-01') to (maxvalue)`
+	p := planned(t, few)
+	const size = 10_000
+	p.exec(`insert into events (id, aggregate_type, event_type, payload, status, created_at)
+		select 'event_' || ulid(case when i % 3 = 0 then now() else '2020-01-01' end), 'order', 'created', to_jsonb(repeat('x', $1)), 'pending', now() from generate_series(1, 60) i`, size)
+	ids := append(get[[]string](p.bundle, `select array_agg(id order by created_at, id) from events`), "event_01DXF6DT00TSV4RRFFQ69G5FAV", "absent")
+	layout, err := p.table.Inspect(t.Context(), p.relay)
+	p.must(err)
+	read := 0
+	for left := ids; len(left) > 0; {
+		rows, n, err := p.table.FirstRows(t.Context(), p.relay, layout, left, 5*size)
+		p.must(err)
+		if n == 0 {
+			t.Fatal("no row is read")
+		}
+		if len(rows) > 13 { // so many bytes of either kind, and a row more
+			t.Errorf("%d rows are held at once", len(rows))
+		}
+		for _, id := range left[:n] {
+			if rows[id] != nil {
+				read++
+			}
+		}
+		left = left[n:]
+	}
+	if read != len(ids)-2 {
+		t.Errorf("%d rows are read, want %d", read, len(ids)-2)
+	}
+}

@@ -23,7 +23,29 @@ type Row struct {
 // Pending reports whether the row waits to be published.
 func (r *Row) Pending() bool { return string(r.Event.Status) == "pending" }
 
-// Rows reads the rows with these ids. An id that is not in the result has none.
+// RowState is what tells whether a row that was asked for is still to be published.
+type RowState struct {
+	Pending  bool
+	Attempts int // retried_attempts
+}
+
+// RowStates reads the states of the rows with these ids. An id that is not in the result
+// has no row.
+func (t Table) RowStates(ctx context.Context, conn *pgx.Conn, ids []string) (map[string]RowState, error) {
+	states := make(map[string]RowState, len(ids))
+	err := t.lookUp(ctx, conn, ids, t.id("e")+" as id, e.status = 'pending', e.retried_attempts", func(r pgx.CollectableRow) (id string, err error) {
+		var state RowState
+		err = r.Scan(&id, &state.Pending, &state.Attempts)
+		states[id] = state
+		return id, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read rows of %s: %w", t, err)
+	}
+	return states, nil
+}
+
+// Rows reads the rows with these ids, which are few. An id that is not in the result has none.
 func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string) (map[string]*Row, error) {
 	byID := make(map[string]*Row, len(ids))
 	if len(ids) == 0 {
@@ -46,9 +68,11 @@ func (t Table) Rows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []st
 }
 
 // FirstRows reads the rows of the first of these ids, until they have so many bytes or
-// a row more. It returns of how many ids that are; those that have no row are gone.
-func (t Table) FirstRows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string, bytes int) (byID map[string]*Row, n int, err error) {
+// a row more; where some are not in the partition that their id tells, so many of these
+// besides. It returns of how many ids that are; those that have no row are gone.
+func (t Table) FirstRows(ctx context.Context, conn *pgx.Conn, layout Layout, ids []string, limit int) (byID map[string]*Row, n int, err error) {
 	byID = map[string]*Row{}
+	bytes := limit
 	for step := firstStep; n < len(ids) && bytes > 0; { // what is read beyond the bytes is thrown away
 		some := ids[n:min(n+step, len(ids))]
 		taken, size, err := t.rowsInOrder(ctx, conn, layout, some, bytes, byID)
@@ -70,8 +94,12 @@ func (t Table) FirstRows(ctx context.Context, conn *pgx.Conn, layout Layout, ids
 	if !t.ByTime || len(byID) == n {
 		return byID, n, nil
 	}
-	astray, err := t.anywhere().Rows(ctx, conn, layout, slices.DeleteFunc(slices.Clone(ids[:n]), func(id string) bool { return byID[id] != nil }))
+	missing := slices.DeleteFunc(slices.Clone(ids[:n]), func(id string) bool { return byID[id] != nil })
+	astray, found, err := t.anywhere().FirstRows(ctx, conn, layout, missing, limit)
 	maps.Copy(byID, astray)
+	if found < len(missing) {
+		n = slices.Index(ids, missing[found])
+	}
 	return byID, n, err
 }
 

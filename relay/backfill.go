@@ -10,15 +10,10 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/wait"
-	"outbox-relay/outbox"
 )
 
-// The list of a backfill has parts of so many rows. These are announced at a time, or as
-// many as have so many bytes, which are held beside the window.
-const (
-	backfillBatch = 8192
-	backfillBytes = 16 << 20
-)
+// backfillPart is how many rows a part of a backfill's list has. They are announced together.
+const backfillPart = 8192
 
 // turn does, once, what comes before the first event that is not in the stream
 // yet: the rest of a batch, and the backfill.
@@ -61,15 +56,10 @@ func (p *pipeline) backfill() error {
 	}
 	progress := newProgress(p.session, total)
 	defer progress.task.end()
-	for {
-		n, err := p.backfillRows()
-		if err != nil {
+	for more := true; more; {
+		if more, err = p.backfillRows(progress.add); err != nil {
 			return err
 		}
-		if n == 0 {
-			break
-		}
-		progress.add(n)
 	}
 	err = p.recorder.do(p.ctx, func(ctx context.Context) error { return p.store.Backfilled(ctx) })
 	if err == nil {
@@ -91,7 +81,7 @@ func (p *pipeline) listBacklog() error {
 	}
 	rows := 0
 	for number := 1; ; number++ {
-		ids, err := p.backlog.Next(p.ctx, backfillBatch)
+		ids, err := p.backlog.Next(p.ctx, backfillPart)
 		if err != nil {
 			return err
 		}
@@ -133,28 +123,21 @@ func (p *pipeline) awaitSeen() error {
 	return nil
 }
 
-// backfillRows publishes the next rows of the list, and returns how many; 0: there are
-// none.
-func (p *pipeline) backfillRows() (int, error) {
-	var rows map[string]*outbox.Row
+// backfillRows publishes the next rows of the list; more is false where there are none.
+func (p *pipeline) backfillRows(sent func(rows int)) (more bool, err error) {
 	batch := checkpoint.TableBatch{Source: checkpoint.Backfill, End: p.at}
-	err := p.recorder.do(p.ctx, func(ctx context.Context) error {
+	err = p.recorder.do(p.ctx, func(ctx context.Context) error {
 		part, err := p.store.NextBacklog(ctx)
-		if err != nil || len(part.IDs) == 0 {
-			return err
-		}
-		var n int
-		rows, n, err = p.table.FirstRows(ctx, p.sql, p.layout, part.IDs, backfillBytes)
-		batch.Part, batch.IDs = part.Number, part.IDs[:n]
+		batch.Part, batch.IDs = part.Number, part.IDs
 		return err
 	})
 	if err != nil || len(batch.IDs) == 0 {
-		return 0, err
+		return false, err
 	}
 	if err := p.announce(batch); err != nil {
-		return 0, err
+		return false, err
 	}
-	return len(batch.IDs), p.publishBatch(batch, rows)
+	return true, p.publishBatch(batch, sent)
 }
 
 // progress tells how a backfill gets on.

@@ -84,3 +84,38 @@ func TestBackfillOfLargeRowsInFlatMemory(t *testing.T) {
 	b.requireStatus("published", b.ids())
 	requireLeaves(t, r)
 }
+
+// Nor do retries: neither the relay that is asked for them, nor the one that finishes
+// what a killed one has announced.
+func TestRetryOfLargeRowsInFlatMemory(t *testing.T) {
+	b := setup(t)
+	b.forgetFailures()
+	const events, size = 1000, 300_000
+	var ids []string
+	b.exec(`alter table events disable trigger on_events_create`)
+	b.must(b.sql.QueryRow(t.Context(), `with failed as (insert into events (id, aggregate_type, event_type, payload, status, failed_at, created_at)
+		select 'event_' || lpad(i::text, 26, '0'), 'order', 'large', to_jsonb(repeat('x', $2)), 'failed', now(), now() from generate_series(1, $1) i returning id)
+		select array_agg(id order by id) from failed`, events, size).Scan(&ids))
+	b.exec(`alter table events enable trigger on_events_create`)
+	window := "MAX_INFLIGHT_BYTES=16MiB"
+	r := b.streaming(window)
+	announcing := b.barred("outbox_relay_batches")
+	b.exec(`select outbox_retry(variadic $1)`, ids)
+	b.awaitBarred("outbox_relay_batches")
+	recording := b.barred("events")
+	announcing()
+	b.awaitBarred("events")
+	peak := []int{b.peakMemory(r)}
+	b.killUnrecorded(r, recording)
+	r = b.start(window)
+	b.requireStatus("published", ids)
+	peak = append(peak, b.peakMemory(r))
+	t.Logf("the relays took at most %d and %d MiB for %d MiB of rows", peak[0]>>20, peak[1]>>20, events*size>>20)
+	for _, bytes := range peak {
+		if bytes > 128<<20 {
+			t.Errorf("a relay took %d MiB", bytes>>20)
+		}
+	}
+	b.requireStream(ids)
+	requireLeaves(t, r)
+}

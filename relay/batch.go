@@ -8,6 +8,9 @@ import (
 	"outbox-relay/sink"
 )
 
+// batchBytes is how many bytes of rows are read from the table at a time.
+const batchBytes = 16 << 20
+
 // request takes a request to publish rows from the table. In the order of
 // commits it is one event: all before it is recorded first, and it before all
 // that follows.
@@ -21,11 +24,15 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 	if err := p.settle(); err != nil {
 		return err
 	}
-	var rows map[string]*outbox.Row
+	var states map[string]outbox.RowState
 	err := p.recorder.visible(p.ctx, xid, func(ctx context.Context) (err error) {
-		rows, err = p.table.Rows(ctx, p.sql, p.layout, r.IDs)
+		states, err = p.table.RowStates(ctx, p.sql, r.IDs)
 		return err
 	})
+	if outbox.Unprintable(err) { // what was asked for can't be text of this database, and so no row's id
+		p.stray(err)
+		return p.pass(end, xid)
+	}
 	if err != nil {
 		return err
 	}
@@ -34,7 +41,7 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 		batch.Source = checkpoint.Replay
 	}
 	for i, id := range r.IDs {
-		if row := rows[id]; row != nil && (r.Run != "" || row.Pending() && row.Attempts == r.Attempts[i]) {
+		if state, ok := states[id]; ok && (r.Run != "" || state.Pending && state.Attempts == r.Attempts[i]) {
 			batch.IDs = append(batch.IDs, id)
 		}
 	}
@@ -48,7 +55,7 @@ func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request
 	if err := p.announce(batch); err != nil {
 		return err
 	}
-	return p.publishBatch(batch, rows)
+	return p.publishBatch(batch, func(int) {})
 }
 
 func (p *pipeline) tellRequest(b checkpoint.TableBatch, leftOut int) {
@@ -99,37 +106,53 @@ func (p *pipeline) announce(b checkpoint.TableBatch) error {
 
 // finish publishes the rest of a batch that an earlier session announced.
 func (p *pipeline) finish(b checkpoint.TableBatch) error {
-	var rows map[string]*outbox.Row
-	err := p.recorder.do(p.ctx, func(ctx context.Context) (err error) {
+	err := p.recorder.do(p.ctx, func(context.Context) error {
 		p.recorder.batch = b
-		rows, err = p.table.Rows(ctx, p.sql, p.layout, b.Left())
-		return err
+		return nil
 	})
 	if err != nil {
 		return err
 	}
 	p.log.Info("publishing the rest of what an earlier session began to publish from the table", "source", string(b.Source), "events", len(b.Left()))
 	p.after = b.End // the slot gives its request once more
-	return p.publishBatch(b, rows)
+	return p.publishBatch(b, func(int) {})
 }
 
-// publishBatch publishes what is left of an announced batch, and returns when
-// all of it is recorded.
-func (p *pipeline) publishBatch(b checkpoint.TableBatch, rows map[string]*outbox.Row) error {
+// publishBatch publishes what is left of an announced batch, and returns when all of it
+// is recorded. It holds batchBytes of rows at a time, beside the window, and tells of how
+// many are sent.
+func (p *pipeline) publishBatch(b checkpoint.TableBatch, sent func(rows int)) error {
 	p.source = b.Source
-	for place := b.Done; place < len(b.IDs); place++ {
-		if place == len(b.IDs)-1 {
-			p.at = b.End
-		}
-		if err := p.row(b, place, rows[b.IDs[place]]); err != nil {
+	for place := b.Done; place < len(b.IDs); {
+		rows, n, err := p.nextRows(b.IDs[place:])
+		if err != nil {
 			return err
 		}
+		for end := place + n; place < end; place++ {
+			if place == len(b.IDs)-1 {
+				p.at = b.End
+			}
+			if err := p.row(b, place, rows[b.IDs[place]]); err != nil {
+				return err
+			}
+		}
+		sent(n)
 	}
 	if err := p.settle(); err != nil {
 		return err
 	}
 	p.source = "" // nothing of it is under way any more
 	return nil
+}
+
+// nextRows reads the rows of the first of these ids, and returns of how many.
+func (p *pipeline) nextRows(ids []string) (rows map[string]*outbox.Row, n int, err error) {
+	p.chain.Flush() // what is published does not wait for Postgres
+	err = p.recorder.do(p.ctx, func(ctx context.Context) (err error) {
+		rows, n, err = p.table.FirstRows(ctx, p.sql, p.layout, ids, batchBytes)
+		return err
+	})
+	return rows, n, err
 }
 
 // row publishes the row at one place of a batch. One that has gone, or changed its state, since

@@ -65,6 +65,7 @@ type recorder struct {
 type confirmation struct {
 	lsn   pglogrepl.LSN
 	after pglogrepl.LSN // the standbys must have passed this; 0: not seen yet
+	began time.Time     // when it, or an LSN whose place it took, began to wait
 	due   time.Time     // when the delay is over
 }
 
@@ -320,6 +321,21 @@ func (r *recorder) mayConfirm() bool {
 	return len(r.pending) > 0 && !time.Now().Before(r.pending[0].due)
 }
 
+// heldParts is into how many parts the LSNs that wait divide the delay: as many are kept
+// at most, and a few.
+const heldParts = 256
+
+// held adds an LSN that was recorded now to those that wait for the delay. It takes the
+// place of the last one if that began to wait only a part of the delay ago.
+func held(pending []confirmation, lsn pglogrepl.LSN, now time.Time, delay time.Duration) []confirmation {
+	c := confirmation{lsn: lsn, began: now, due: now.Add(delay)}
+	if last := len(pending) - 1; last >= 0 && now.Sub(pending[last].began) < delay/heldParts {
+		c.began = pending[last].began
+		pending = pending[:last]
+	}
+	return append(pending, c)
+}
+
 // confirmPending confirms what was recorded before the look. Where
 // synchronized_standby_slots names standbys, these must have passed the
 // checkpoint's own commit, or a promoted one has a slot ahead of it. WAL is never
@@ -369,7 +385,7 @@ func (r *recorder) record(ctx context.Context, b checkpoint.Batch) error {
 	r.position, r.confirm = advance.Position, max(r.confirm, b.Safe)
 	r.batch.Done += advance.Batch.Rows
 	r.tracker.Recorded(b)
-	r.pending = append(r.pending, confirmation{lsn: b.Safe, due: time.Now().Add(r.relay.config.ConfirmDelay)})
+	r.pending = held(r.pending, b.Safe, time.Now(), r.relay.config.ConfirmDelay)
 	r.lastWrite, r.ownEnd = time.Now(), 0
 	r.tell(recorded, len(items))
 	if len(b.Items) > 0 {
