@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"outbox-relay/internal/config"
+	"outbox-relay/internal/dsn"
 	"outbox-relay/internal/progress"
 	"outbox-relay/migrations"
 	"outbox-relay/ops"
@@ -287,19 +288,19 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 	if err != nil {
 		return err
 	}
-	postgres, err := pgx.ParseConfig(url)
+	postgres, err := dsn.Parse(url)
 	if err != nil {
-		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+		return fmt.Errorf("OUTBOX_POSTGRES_URL %w", err)
 	}
 	out, bars := terminal(std.err)
+	conn, err := pgx.ConnectConfig(ctx, postgres)
+	if err != nil {
+		return relay.ExplainConnect(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
 	if err := migrateShown(ctx, postgres, target, logger(cfg.Log, out), bars); err != nil {
 		return err
 	}
-	conn, err := pgx.ConnectConfig(ctx, postgres)
-	if err != nil {
-		return fmt.Errorf("connect to Postgres: %w", err)
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
 	_, err = relayConfig(cfg).Table.Inspect(ctx, conn) // what the first run would find wrong
 	return err
 }

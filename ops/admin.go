@@ -13,8 +13,10 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/dsn"
 	"outbox-relay/internal/progress"
 	"outbox-relay/outbox"
+	"outbox-relay/relay"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -45,9 +47,9 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	if err != nil {
 		return nil, err
 	}
-	config, err := pgx.ParseConfig(url)
+	config, err := dsn.Parse(url)
 	if err != nil {
-		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL %w", err)
 	}
 	for name, value := range map[string]string{
 		"application_name": "outbox-relay command", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
@@ -61,7 +63,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
-		return nil, fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
+		return nil, relay.ExplainConnect(err)
 	}
 	if err := a.check(ctx, conn); err != nil {
 		hangUp(conn)

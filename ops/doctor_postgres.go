@@ -135,11 +135,6 @@ func (e *examination) checkReplication(ctx context.Context) {
 	}
 	system, err := e.Replication(ctx)
 	switch {
-	case isDenied(err):
-		f := fault.Of(err)
-		role := pgx.Identifier{e.sql.Config().User}.Sanitize()
-		e.add("replication", stateFault, &fault.Error{What: f.What, Remedy: "give the role REPLICATION; where the server is managed, see its vendor's way",
-			SQL: "ALTER ROLE " + role + " REPLICATION"})
 	case isFull(err):
 		e.full(ctx, err)
 	case e.judge("replication", err):
