@@ -298,6 +298,9 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 		return relay.ExplainConnect(err)
 	}
 	defer conn.Close(context.WithoutCancel(ctx))
+	if err := relayConfig(cfg).Table.CheckBefore(ctx, conn); err != nil {
+		return err
+	}
 	if err := migrateShown(ctx, postgres, target, logger(cfg.Log, out), bars); err != nil {
 		return err
 	}

@@ -82,7 +82,7 @@ func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 	case recovery:
 		return errRecovery
 	case !table:
-		return fmt.Errorf("table %s does not exist: correct OUTBOX_TABLE or OUTBOX_POSTGRES_URL, or create it with `outbox-relay migrate`", a.Table)
+		return a.Table.Absent(ctx, conn)
 	}
 	return cmp.Or(a.Table.CheckOwnTables(ctx, conn), a.Table.CheckRowSecurity(ctx, conn))
 }

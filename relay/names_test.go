@@ -53,6 +53,7 @@ func TestIDOfTypeCharacter(t *testing.T) {
 	}
 	b.exec(says)
 	requireEnd(t, testenv.StartRelay(t, env, "migrate"), 0)
+	b.exec(`drop publication shop`)
 	b.exec(`alter table shop alter column id type char(26)`)
 	b.requireSaid(env, says, "run", "doctor", "migrate")
 }
