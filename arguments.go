@@ -94,7 +94,7 @@ func parsePark(args []string) (action, error) {
 		return nil, errors.New("it takes an id, and a reason")
 	}
 	return func(ctx context.Context, cfg config.Config, std streams) error {
-		return admin(cfg, std).Park(ctx, args[0], strings.Join(args[1:], " "))
+		return admin(cfg, std).Park(ctx, args[0], strings.Join(args[1:], " "), true)
 	}, nil
 }
 

@@ -54,7 +54,7 @@ const (
 // Park records that an event which has not been published has failed, so that a
 // relay that halted before it passes over it. Where nothing was done, status is
 // that of the row, or of what is noted of it.
-func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string) (done Parking, status string, err error) {
+func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string, gone bool) (done Parking, status string, err error) {
 	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		err := tx.QueryRow(ctx, `select status from `+t.String()+` e where `+t.id("e")+` = $1 for no key update`, id).Scan(&status)
 		switch {
