@@ -50,6 +50,7 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
   outbox-relay retry ID…         have failed rows published again, once their cause is mended
   outbox-relay retry --all       have all failed rows published again
   outbox-relay park ID [REASON]  let a relay that halted before this event pass over it: it is failed
+      --gone                       also if its row was deleted
   outbox-relay replay …          have rows that are still in the table published once more:
       --from TIME, --to TIME       created_at in [from, to): RFC 3339, or a date in UTC
       --aggregate-type T, --event-type T

@@ -100,7 +100,20 @@ func (a Admin) use(ctx context.Context, settings map[string]string, do func(conn
 		return err
 	}
 	defer hangUp(conn)
-	return explain(do(conn))
+	return a.explainGrants(ctx, conn, do(conn))
+}
+
+// explainGrants is explain of an error of a command, which names the rights that the role
+// lacks.
+func (a Admin) explainGrants(ctx context.Context, conn *pgx.Conn, err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.Code == "42501" {
+		missing, _, asked := a.Table.MissingGrants(ctx, conn, outbox.Uses{Retries: true})
+		if asked == nil && len(missing) > 0 {
+			return fmt.Errorf("%w: the owner of the table gives what the role lacks: %s", err, strings.Join(missing, "; "))
+		}
+	}
+	return explain(err)
 }
 
 // explain adds what to do where Postgres refuses.

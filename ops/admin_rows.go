@@ -67,6 +67,8 @@ func (a Admin) Park(ctx context.Context, id, reason string, gone bool) error {
 		switch {
 		case err != nil:
 			return err
+		case done == outbox.NoRow:
+			return fmt.Errorf("there is no row %s: correct the id; if its row was deleted and a relay has halted before it, pass --gone", id)
 		case done == outbox.NotPending:
 			return fmt.Errorf("%s is %s already: only a pending event can be parked", id, status)
 		case done == outbox.ParkedGone:

@@ -652,7 +652,7 @@ func TestCommandsLeastPrivilege(t *testing.T) {
 		t.Errorf("without a right: %v", err)
 	}
 	d.exec(`revoke update (status) on events from relay`)
-	if err := d.admin.Park(t.Context(), ids[3], "", false); err == nil || !strings.Contains(err.Error(), `GRANT UPDATE (status) ON "public"."events" TO "relay"`) {
+	if err := d.admin.Park(t.Context(), ids[3], "", false); err == nil || !strings.Contains(err.Error(), `GRANT UPDATE (status, retried_at, retried_attempts) ON "public"."events" TO "relay"`) {
 		t.Errorf("without a right: %v", err)
 	}
 }
