@@ -204,6 +204,10 @@ func (e *examination) checkLimits(room outbox.Room) {
 	case keep && (bounded || idle):
 		e.warn("slot_limits", &fault.Error{What: fmt.Sprintf("max_slot_wal_keep_size is %s, idle_replication_slot_timeout is %s: Postgres may invalidate the slot, and with OUTBOX_AFTER_PUBLISH=keep nobody can tell what it has lost",
 			room.KeepSize, room.IdleTimeout), Remedy: "watch the slot, or take OUTBOX_AFTER_PUBLISH=mark"})
+	case idle:
+		loosen, sql := loosened("idle_timeout")
+		e.warn("slot_limits", &fault.Error{What: fmt.Sprintf("idle_replication_slot_timeout is %s: Postgres invalidates the slot of a relay that is away for longer", room.IdleTimeout),
+			Remedy: loosen + ": max_slot_wal_keep_size bounds what a slot holds", SQL: sql})
 	case bounded || keep:
 		e.ok("slot_limits", "max_slot_wal_keep_size is %s", room.KeepSize)
 	default:
