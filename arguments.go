@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -90,11 +91,14 @@ func parseRetry(args []string) (action, error) {
 }
 
 func parsePark(args []string) (action, error) {
+	const flag = "--gone" // anywhere: a reason may have other words that begin with a hyphen
+	gone := slices.Contains(args, flag)
+	args = slices.DeleteFunc(slices.Clone(args), func(arg string) bool { return arg == flag })
 	if len(args) == 0 || args[0] == "" || args[0][0] == '-' {
 		return nil, errors.New("it takes an id, and a reason")
 	}
 	return func(ctx context.Context, cfg config.Config, std streams) error {
-		return admin(cfg, std).Park(ctx, args[0], strings.Join(args[1:], " "))
+		return admin(cfg, std).Park(ctx, args[0], strings.Join(args[1:], " "), gone)
 	}, nil
 }
 

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"outbox-relay/internal/config"
+	"outbox-relay/internal/dsn"
 	"outbox-relay/internal/progress"
 	"outbox-relay/migrations"
 	"outbox-relay/ops"
@@ -49,6 +50,7 @@ const usage = `outbox-relay publishes the events of a Postgres outbox table to N
   outbox-relay retry ID…         have failed rows published again, once their cause is mended
   outbox-relay retry --all       have all failed rows published again
   outbox-relay park ID [REASON]  let a relay that halted before this event pass over it: it is failed
+      --gone                       also if its row was deleted
   outbox-relay replay …          have rows that are still in the table published once more:
       --from TIME, --to TIME       created_at in [from, to): RFC 3339, or a date in UTC
       --aggregate-type T, --event-type T
@@ -287,20 +289,22 @@ func migrate(ctx context.Context, cfg config.Config, target migrations.Target, s
 	if err != nil {
 		return err
 	}
-	postgres, err := pgx.ParseConfig(url)
+	postgres, err := dsn.Parse(url)
 	if err != nil {
-		return fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+		return fmt.Errorf("OUTBOX_POSTGRES_URL %w", err)
 	}
-	postgres.RuntimeParams["client_encoding"] = "UTF8"
 	out, bars := terminal(std.err)
+	conn, err := pgx.ConnectConfig(ctx, postgres)
+	if err != nil {
+		return relay.ExplainConnect(err)
+	}
+	defer conn.Close(context.WithoutCancel(ctx))
+	if err := relayConfig(cfg).Table.CheckBefore(ctx, conn); err != nil {
+		return err
+	}
 	if err := migrateShown(ctx, postgres, target, logger(cfg.Log, out), bars); err != nil {
 		return err
 	}
-	conn, err := pgx.ConnectConfig(ctx, postgres)
-	if err != nil {
-		return fmt.Errorf("connect to Postgres: %w", err)
-	}
-	defer conn.Close(context.WithoutCancel(ctx))
 	_, err = relayConfig(cfg).Table.Inspect(ctx, conn) // what the first run would find wrong
 	return err
 }

@@ -13,8 +13,10 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/dsn"
 	"outbox-relay/internal/progress"
 	"outbox-relay/outbox"
+	"outbox-relay/relay"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -45,12 +47,12 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	if err != nil {
 		return nil, err
 	}
-	config, err := pgx.ParseConfig(url)
+	config, err := dsn.Parse(url)
 	if err != nil {
-		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)
+		return nil, fmt.Errorf("OUTBOX_POSTGRES_URL %w", err)
 	}
 	for name, value := range map[string]string{
-		"application_name": "outbox-relay command", "client_encoding": "UTF8", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
+		"application_name": "outbox-relay command", "TimeZone": "UTC", "DateStyle": "ISO, MDY",
 		"lock_timeout": "10s", "synchronous_commit": "on", "default_transaction_isolation": "read committed",
 	} {
 		config.RuntimeParams[name] = value
@@ -61,7 +63,7 @@ func (a Admin) connect(ctx context.Context, settings map[string]string) (*pgx.Co
 	config.DialFunc, config.ConnectTimeout = replication.Dial, cmp.Or(config.ConnectTimeout, replication.ConnectTimeout)
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
-		return nil, fmt.Errorf("connect to Postgres: %w: start it, or correct OUTBOX_POSTGRES_URL", err)
+		return nil, relay.ExplainConnect(err)
 	}
 	if err := a.check(ctx, conn); err != nil {
 		hangUp(conn)
@@ -80,7 +82,7 @@ func (a Admin) check(ctx context.Context, conn *pgx.Conn) error {
 	case recovery:
 		return errRecovery
 	case !table:
-		return fmt.Errorf("table %s does not exist: correct OUTBOX_TABLE or OUTBOX_POSTGRES_URL, or create it with `outbox-relay migrate`", a.Table)
+		return a.Table.Absent(ctx, conn)
 	}
 	return cmp.Or(a.Table.CheckOwnTables(ctx, conn), a.Table.CheckRowSecurity(ctx, conn))
 }
@@ -98,7 +100,20 @@ func (a Admin) use(ctx context.Context, settings map[string]string, do func(conn
 		return err
 	}
 	defer hangUp(conn)
-	return explain(do(conn))
+	return a.explainGrants(ctx, conn, do(conn))
+}
+
+// explainGrants is explain of an error of a command, which names the rights that the role
+// lacks.
+func (a Admin) explainGrants(ctx context.Context, conn *pgx.Conn, err error) error {
+	var pgErr *pgconn.PgError
+	if errors.As(err, &pgErr) && pgErr.Code == "42501" {
+		missing, _, asked := a.Table.MissingGrants(ctx, conn, outbox.Uses{Retries: true})
+		if asked == nil && len(missing) > 0 {
+			return fmt.Errorf("%w: the owner of the table gives what the role lacks: %s", err, strings.Join(missing, "; "))
+		}
+	}
+	return explain(err)
 }
 
 // explain adds what to do where Postgres refuses.

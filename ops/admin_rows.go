@@ -56,17 +56,19 @@ func (a Admin) tellRetried(n int64) {
 }
 
 // Park records that an event which has not been published has failed: the way on
-// for a relay that halted before it.
-func (a Admin) Park(ctx context.Context, id, reason string) error {
+// for a relay that halted before it. gone allows an id that has no row.
+func (a Admin) Park(ctx context.Context, id, reason string, gone bool) error {
 	text := "parked by hand"
 	if reason != "" {
 		text += ": " + reason
 	}
 	return a.use(ctx, nil, func(conn *pgx.Conn) error {
-		done, status, err := a.Table.Park(ctx, conn, id, text)
+		done, status, err := a.Table.Park(ctx, conn, id, text, gone)
 		switch {
 		case err != nil:
 			return err
+		case done == outbox.NoRow:
+			return fmt.Errorf("there is no row %s: correct the id; if its row was deleted and a relay has halted before it, pass --gone", id)
 		case done == outbox.NotPending:
 			return fmt.Errorf("%s is %s already: only a pending event can be parked", id, status)
 		case done == outbox.ParkedGone:

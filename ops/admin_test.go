@@ -398,7 +398,14 @@ func TestPark(t *testing.T) {
 		}
 		d.says(out, id+" is "+status+" already")
 	}
-	if code, out = d.command("park", "event_gone"); code != 0 {
+	if code, out = d.command("park", "event_gone"); code != 1 {
+		t.Errorf("without a row: exit code %d", code)
+	}
+	d.says(out, "there is no row event_gone", "pass --gone")
+	if n := ask[int](d, `select count(*) from outbox_relay_leftovers`); n != 0 {
+		t.Errorf("%d leftovers of a mistyped id", n)
+	}
+	if code, out = d.command("park", "event_gone", "--gone"); code != 0 {
 		t.Errorf("exit code %d", code)
 	}
 	d.says(out, "event_gone has no row", d.slot)
@@ -621,8 +628,8 @@ func TestCommandsLeastPrivilege(t *testing.T) {
 
 	d.must(d.admin.RetryRows(t.Context(), ids[:1]))
 	d.must(d.admin.RetryEvery(t.Context()))
-	d.must(d.admin.Park(t.Context(), ids[2], ""))
-	d.must(d.admin.Park(t.Context(), "event_gone", ""))
+	d.must(d.admin.Park(t.Context(), ids[2], "", false))
+	d.must(d.admin.Park(t.Context(), "event_gone", "", true))
 	if s := d.read(); *s.Rows.Pending != 3 || *s.Rows.Failed != 1 || s.Leftovers.Kept != 1 {
 		t.Errorf("rows: %+v, leftovers: %+v", s.Rows, s.Leftovers)
 	}
@@ -639,7 +646,14 @@ func TestCommandsLeastPrivilege(t *testing.T) {
 	d.must(<-ended)
 
 	d.exec(`revoke update (retried_at, retried_attempts) on events from relay`)
-	if err := d.admin.RetryRows(t.Context(), ids[2:3]); err == nil || !strings.Contains(err.Error(), "deploy/postgres/roles.sql has the grants") {
+	if err := d.admin.RetryRows(t.Context(), ids[2:3]); err == nil || !strings.Contains(err.Error(), `GRANT UPDATE (retried_at, retried_attempts) ON "public"."events" TO "relay"`) {
+		t.Errorf("without a right: %v", err)
+	}
+	if err := d.admin.RetryEvery(t.Context()); err == nil || !strings.Contains(err.Error(), `GRANT UPDATE (retried_at, retried_attempts) ON "public"."events" TO "relay"`) {
+		t.Errorf("without a right: %v", err)
+	}
+	d.exec(`revoke update (status) on events from relay`)
+	if err := d.admin.Park(t.Context(), ids[3], "", false); err == nil || !strings.Contains(err.Error(), `GRANT UPDATE (status, retried_at, retried_attempts) ON "public"."events" TO "relay"`) {
 		t.Errorf("without a right: %v", err)
 	}
 }
@@ -687,7 +701,7 @@ func TestCommandsMoveTheRelay(t *testing.T) {
 	if code := r.Wait(time.Minute); code != 1 {
 		t.Errorf("exit code %d, want a halt", code)
 	}
-	d.must(d.admin.Park(t.Context(), bad, "forged"))
+	d.must(d.admin.Park(t.Context(), bad, "forged", false))
 	r = d.relay("OUTBOX_ON_REJECT=halt")
 	want = append(want, d.insert(1, "order", "placed")...)
 	if got := d.ids(2401); !slices.Equal(got, want) {

@@ -153,10 +153,11 @@ func (e *examination) skip(why string, names ...string) {
 // the role may not look at is left to the line that names its rights.
 func (e *examination) judge(name string, err error) bool {
 	var pgErr *pgconn.PgError
+	var connect *pgconn.ConnectError
 	switch {
 	case err == nil:
 		return true
-	case errors.As(err, &pgErr) && pgErr.Code == "42501":
+	case errors.As(err, &pgErr) && pgErr.Code == "42501" && !errors.As(err, &connect):
 		e.skip("the role lacks a right for it: see privileges", name)
 	default:
 		e.add(name, stateFault, fault.Of(err))

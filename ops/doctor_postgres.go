@@ -152,11 +152,6 @@ func (e *examination) checkReplication(ctx context.Context) {
 	}
 	system, err := e.Replication(ctx)
 	switch {
-	case isDenied(err):
-		f := fault.Of(err)
-		role := pgx.Identifier{e.sql.Config().User}.Sanitize()
-		e.add("replication", stateFault, &fault.Error{What: f.What, Remedy: "give the role REPLICATION; where the server is managed, see its vendor's way",
-			SQL: "ALTER ROLE " + role + " REPLICATION"})
 	case isFull(err):
 		e.full(ctx, err)
 	case e.judge("replication", err):
@@ -226,6 +221,10 @@ func (e *examination) checkLimits(room outbox.Room) {
 	case keep && (bounded || idle):
 		e.warn("slot_limits", &fault.Error{What: fmt.Sprintf("max_slot_wal_keep_size is %s, idle_replication_slot_timeout is %s: Postgres may invalidate the slot, and with OUTBOX_AFTER_PUBLISH=keep nobody can tell what it has lost",
 			room.KeepSize, room.IdleTimeout), Remedy: "watch the slot, or take OUTBOX_AFTER_PUBLISH=mark"})
+	case idle:
+		loosen, sql := loosened("idle_timeout")
+		e.warn("slot_limits", &fault.Error{What: fmt.Sprintf("idle_replication_slot_timeout is %s: Postgres invalidates the slot of a relay that is away for longer", room.IdleTimeout),
+			Remedy: loosen + ": max_slot_wal_keep_size bounds what a slot holds", SQL: sql})
 	case bounded || keep:
 		e.ok("slot_limits", "max_slot_wal_keep_size is %s", room.KeepSize)
 	default:

@@ -7,6 +7,7 @@ import (
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/fault"
 	"outbox-relay/relay"
+	"outbox-relay/replication"
 )
 
 // Names of the checks of slot and checkpoint.
@@ -45,7 +46,12 @@ func (e *examination) checkSlot(ctx context.Context, standing relay.Standing) {
 		return
 	}
 	e.slot = &details
-	e.ok("slot", "%s (%s), confirmed up to %s", t.Slot, details.Plugin, details.ConfirmedLSN)
+	if standing.Slot.Lost() {
+		e.warn("slot", &fault.Error{What: fmt.Sprintf("%s is invalidated: %s", t.Slot, replication.Why(details.Invalidation)),
+			Remedy: "start the relay: it takes what was missed from the table, or says how to go on"})
+	} else {
+		e.ok("slot", "%s (%s), confirmed up to %s", t.Slot, details.Plugin, details.ConfirmedLSN)
+	}
 	e.checkSlotWAL()
 	e.checkReader(ctx)
 	e.checkFailover()
@@ -60,17 +66,28 @@ func (e *examination) checkSlotWAL() {
 	}
 	switch {
 	case s.WALStatus == "lost": // judged with the checkpoint
-		if s.Invalidation != nil {
-			found += " (invalidated: " + *s.Invalidation + ")"
+		if s.Invalidation != "" {
+			found += " (invalidated: " + s.Invalidation + ")"
 		}
-		e.warn("slot_wal", &fault.Error{What: found, Remedy: "start the relay; then bound what a slot may hold less tightly",
-			SQL: "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf()"})
+		loosen, sql := loosened(s.Invalidation)
+		e.warn("slot_wal", &fault.Error{What: found, Remedy: "start the relay; then " + loosen, SQL: sql})
 	case s.WALStatus == "unreserved", s.SafeWALSize != nil && *s.SafeWALSize < s.Held:
 		e.warn("slot_wal", &fault.Error{What: found, Remedy: "let the relay catch up now, and bound what a slot may hold less tightly",
 			SQL: "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf()"})
 	default:
 		e.ok("slot_wal", "%s", found)
 	}
+}
+
+// loosened says what keeps Postgres from invalidating the slot again for that reason.
+func loosened(invalidation string) (remedy, sql string) {
+	switch invalidation {
+	case "idle_timeout":
+		return "raise idle_replication_slot_timeout, or set it to 0", "ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf()"
+	case "", "wal_removed":
+		return "raise max_slot_wal_keep_size", "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB'; SELECT pg_reload_conf()"
+	}
+	return "see the log of Postgres", ""
 }
 
 func (e *examination) checkReader(ctx context.Context) {

@@ -16,6 +16,7 @@ import (
 	"outbox-relay/checkpoint"
 	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
+	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
 
@@ -45,16 +46,18 @@ type RelayStatus struct {
 
 // SlotStatus is the replication slot.
 type SlotStatus struct {
-	Name         string `json:"name"`
-	Plugin       string `json:"plugin"`
-	Active       bool   `json:"active"`     // a relay reads from it
-	ActivePID    *int   `json:"active_pid"` // the walsender's
-	WALStatus    string `json:"wal_status"`
-	SafeWALSize  *int64 `json:"safe_wal_size"` // bytes that can be written before it is in danger of being lost; null: no limit
-	RestartLSN   string `json:"restart_lsn"`
-	ConfirmedLSN string `json:"confirmed_flush_lsn"`
-	LagBytes     int64  `json:"lag_bytes"`  // WAL written since confirmed_flush_lsn, of whatever table
-	HeldBytes    int64  `json:"held_bytes"` // WAL that Postgres keeps for it, since restart_lsn
+	Name      string `json:"name"`
+	Plugin    string `json:"plugin"`
+	Active    bool   `json:"active"`     // a relay reads from it
+	ActivePID *int   `json:"active_pid"` // the walsender's
+	WALStatus string `json:"wal_status"`
+	// InvalidationReason is why it is lost, as Postgres says from 17 on; empty: it is not, or not known.
+	InvalidationReason string `json:"invalidation_reason"`
+	SafeWALSize        *int64 `json:"safe_wal_size"` // bytes that can be written before it is in danger of being lost; null: no limit
+	RestartLSN         string `json:"restart_lsn"`
+	ConfirmedLSN       string `json:"confirmed_flush_lsn"`
+	LagBytes           int64  `json:"lag_bytes"`  // WAL written since confirmed_flush_lsn, of whatever table
+	HeldBytes          int64  `json:"held_bytes"` // WAL that Postgres keeps for it, since restart_lsn
 	// InactiveSince is when a relay last read from it, from Postgres 17 on; null: not known.
 	InactiveSince *time.Time `json:"inactive_since"`
 }
@@ -193,7 +196,7 @@ func (s *Status) take(slot string, p outbox.Progress) {
 		s.Leftovers.Refusal = &p.Refusal
 	}
 	if p.Slot != nil {
-		s.Slot = &SlotStatus{Name: slot, Plugin: p.Slot.Plugin, Active: p.Slot.Active, WALStatus: p.Slot.WALStatus,
+		s.Slot = &SlotStatus{Name: slot, Plugin: p.Slot.Plugin, Active: p.Slot.Active, WALStatus: p.Slot.WALStatus, InvalidationReason: p.Slot.Invalidation,
 			SafeWALSize: p.Slot.SafeWALSize, RestartLSN: p.Slot.RestartLSN, ConfirmedLSN: p.Slot.ConfirmedLSN,
 			LagBytes: p.Slot.Lag, HeldBytes: p.Slot.Held}
 		if p.Slot.PID != 0 {
@@ -312,7 +315,8 @@ func (s *Status) problems() []Problem {
 	case s.Slot.Plugin != "pgoutput":
 		add("the slot's plugin is "+s.Slot.Plugin+", not pgoutput: it is no relay's", "choose another OUTBOX_SLOT")
 	case s.Slot.WALStatus == "lost":
-		add("the slot is lost: Postgres has removed WAL that it needs", "raise max_slot_wal_keep_size, and start the relay: it takes what was missed from the table, or says how to go on")
+		loosen, _ := loosened(s.Slot.InvalidationReason)
+		add("the slot is lost: "+replication.Why(s.Slot.InvalidationReason), loosen+", and start the relay: it takes what was missed from the table, or says how to go on")
 	case s.Checkpoint == nil:
 		add("the slot has no checkpoint: it was not made by this relay, or the row was deleted", "start the relay: it says how to go on")
 	}

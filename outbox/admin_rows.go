@@ -48,18 +48,20 @@ type Parking string
 const (
 	Parked     Parking = "parked"      // the row was pending and has failed now
 	ParkedGone Parking = "gone"        // there is no row: it is noted that the event has failed
+	NoRow      Parking = "no row"      // nothing was done: there is none
 	NotPending Parking = "not pending" // nothing was done: the row is not pending, or an outcome is noted already
 )
 
 // Park records that an event which has not been published has failed, so that a
 // relay that halted before it passes over it. Where nothing was done, status is
-// that of the row, or of what is noted of it.
-func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string) (done Parking, status string, err error) {
+// that of the row, or of what is noted of it. Only with gone the event may have no row: it
+// is kept as a leftover then, which nobody takes away but an operator.
+func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string, gone bool) (done Parking, status string, err error) {
 	err = pgx.BeginFunc(ctx, conn, func(tx pgx.Tx) error {
 		err := tx.QueryRow(ctx, `select status from `+t.String()+` e where `+t.id("e")+` = $1 for no key update`, id).Scan(&status)
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
-			done, status, err = t.parkGone(ctx, tx, id, reason)
+			done, status, err = t.parkGone(ctx, tx, id, reason, gone)
 		case err == nil && status == "pending":
 			done = Parked
 			_, err = tx.Exec(ctx, `update `+t.String()+` e set status = 'failed', failed_at = now(), failed_attempts = e.failed_attempts + 1,
@@ -75,7 +77,10 @@ func (t Table) Park(ctx context.Context, conn *pgx.Conn, id, reason string) (don
 	return done, status, nil
 }
 
-func (t Table) parkGone(ctx context.Context, tx pgx.Tx, id, reason string) (done Parking, outcome string, err error) {
+func (t Table) parkGone(ctx context.Context, tx pgx.Tx, id, reason string, gone bool) (done Parking, outcome string, err error) {
+	if !gone {
+		return NoRow, "", nil
+	}
 	tag, err := tx.Exec(ctx, `insert into `+t.leftovers()+` (slot, id, outcome, reason, waiting)
 		values ($1, $2, 'failed', $3, false) on conflict (slot, id) do nothing`, t.Slot, id, reason)
 	if err != nil || tag.RowsAffected() == 1 {

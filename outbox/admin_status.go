@@ -15,6 +15,7 @@ type SlotState struct {
 	Active       bool
 	PID          int    // of the walsender that has it; 0: none
 	WALStatus    string // reserved, extended, unreserved or lost
+	Invalidation string // why it is lost; empty: it is not, or the server does not say
 	SafeWALSize  *int64 // bytes that can be written before it is in danger; nil: without limit
 	RestartLSN   string
 	ConfirmedLSN string
@@ -97,12 +98,12 @@ func optional[T any](err error, of **T) error {
 }
 
 func (t Table) readSlot(ctx context.Context, conn *pgx.Conn, s *SlotState) error {
-	return conn.QueryRow(ctx, `select coalesce(plugin, ''), active, coalesce(active_pid, 0), coalesce(wal_status, ''), safe_wal_size,
+	return conn.QueryRow(ctx, `select coalesce(plugin, ''), active, coalesce(active_pid, 0), coalesce(wal_status, ''), coalesce(pg_catalog.to_jsonb(r) ->> 'invalidation_reason', ''), safe_wal_size,
 			coalesce(restart_lsn, '0/0')::text, coalesce(confirmed_flush_lsn, '0/0')::text,
 			coalesce(pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), confirmed_flush_lsn), 0)::bigint,
 			coalesce(pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_lsn(), restart_lsn), 0)::bigint
-		from pg_catalog.pg_replication_slots where slot_name = $1`, t.Slot).
-		Scan(&s.Plugin, &s.Active, &s.PID, &s.WALStatus, &s.SafeWALSize, &s.RestartLSN, &s.ConfirmedLSN, &s.Lag, &s.Held)
+		from pg_catalog.pg_replication_slots r where slot_name = $1`, t.Slot).
+		Scan(&s.Plugin, &s.Active, &s.PID, &s.WALStatus, &s.Invalidation, &s.SafeWALSize, &s.RestartLSN, &s.ConfirmedLSN, &s.Lag, &s.Held)
 }
 
 func (t Table) readCheckpoint(ctx context.Context, conn *pgx.Conn, c *CheckpointState) error {

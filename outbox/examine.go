@@ -269,7 +269,6 @@ func (t Table) identityFault(ctx context.Context, conn *pgx.Conn, refused *pgcon
 type SlotDetails struct {
 	SlotState
 	InactiveSince *time.Time // from 17 on
-	Invalidation  *string    // its reason, from 17 on
 	Failover      *bool      // from 17 on
 }
 
@@ -278,9 +277,9 @@ func (t Table) ReadSlotDetails(ctx context.Context, conn *pgx.Conn) (d SlotDetai
 	if err := t.readSlot(ctx, conn, &d.SlotState); err != nil {
 		return d, fmt.Errorf("read slot %s: %w", t.Slot, err)
 	}
-	err = conn.QueryRow(ctx, `select (s ->> 'inactive_since')::timestamptz, s ->> 'invalidation_reason', (s ->> 'failover')::boolean
+	err = conn.QueryRow(ctx, `select (s ->> 'inactive_since')::timestamptz, (s ->> 'failover')::boolean
 		from (select to_jsonb(r) as s from pg_catalog.pg_replication_slots r where slot_name = $1) as j`, t.Slot).
-		Scan(&d.InactiveSince, &d.Invalidation, &d.Failover)
+		Scan(&d.InactiveSince, &d.Failover)
 	if err != nil {
 		return d, fmt.Errorf("read slot %s: %w", t.Slot, err)
 	}

@@ -199,7 +199,7 @@ func TestRejectedEventWithoutARowIsKeptWhole(t *testing.T) {
 func TestParkedByHandIsKeptWhole(t *testing.T) {
 	t.Parallel()
 	b := setup(t)
-	_, _, err := b.table.Park(t.Context(), b.relay, "gone", "not ours")
+	_, _, err := b.table.Park(t.Context(), b.relay, "gone", "not ours", true)
 	b.must(err)
 	requireCounts(t, b.record(b.claimed(), parked("gone", "a reason"), parked("gone", "a reason")), outbox.Recorded{Kept: 1}, 0)
 	if got := get[string](b, `select concat_ws(' ', outcome, reason, waiting, event ->> 'id') from outbox_relay_leftovers`); got != "failed not ours f gone" {

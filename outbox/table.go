@@ -1,6 +1,7 @@
 package outbox
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -80,42 +81,57 @@ func (t Table) Inspect(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 // ReadLayout reads the layout; a table that is not there, or lacks a column, is an
 // error that says what to do.
 func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
-	l := Layout{Columns: map[string]bool{}, Charset: charset.Of(conn.PgConn().ParameterStatus("server_encoding"))}
+	l, c, err := t.readColumns(ctx, conn)
+	switch {
+	case err != nil:
+		return l, err
+	case len(l.Columns) == 0:
+		return l, t.Absent(ctx, conn)
+	}
+	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
+		return l, &fault.Error{What: fmt.Sprintf("table %s has no column %s", t, strings.Join(missing, ", ")),
+			Remedy: cmp.Or(t.Columns.rewrite(missing, l), t.Columns.remedy(missing)), SQL: t.addColumns(missing, l)}
+	}
+	l.Payload = c.types[t.Columns.Name("payload")]
+	return l, cmp.Or(t.checkGenerated(c), t.checkPadding(c), t.checkTypes(c.types))
+}
+
+// catalog is what the catalog says of the columns, by their names.
+type catalog struct {
+	types  map[string]string // as format_type has them
+	unsent map[string]bool   // generated, and not sent by logical decoding
+}
+
+// readColumns reads them; of a table that is not there, none.
+func (t Table) readColumns(ctx context.Context, conn *pgx.Conn) (Layout, catalog, error) {
+	l, c := Layout{Columns: map[string]bool{}, Charset: charset.Of(conn.PgConn().ParameterStatus("server_encoding"))}, catalog{map[string]string{}, map[string]bool{}}
 	rows, err := conn.Query(ctx, `select a.attrelid, a.attname, pg_catalog.format_type(coalesce(nullif(t.typbasetype, 0), t.oid), null),
 			coalesce((select ' collate ' || pg_catalog.quote_ident(n.nspname) || '.' || pg_catalog.quote_ident(c.collname)
 				from pg_catalog.pg_collation c join pg_catalog.pg_namespace n on n.oid = c.collnamespace
 				where c.oid = a.attcollation and c.oid <> 'pg_catalog.default'::regcollation), ''),
 			exists (select from pg_catalog.pg_partitioned_table p where p.partrelid = a.attrelid and p.partstrat = 'r'
-				and p.partnatts = 1 and p.partattrs[0] = a.attnum)
+				and p.partnatts = 1 and p.partattrs[0] = a.attnum),
+			a.attgenerated = 'v' or a.attgenerated = 's' and current_setting('server_version_num')::int < 180000
 		from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
 		where a.attrelid = pg_catalog.to_regclass($1) and a.attnum > 0 and not a.attisdropped`, t.String())
 	if err != nil {
-		return l, fmt.Errorf("read the columns of %s: %w", t, err)
+		return l, c, fmt.Errorf("read the columns of %s: %w", t, err)
 	}
 	var column, kind, collate string
-	var key bool
-	types := map[string]string{}
-	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind, &collate, &key}, func() error {
-		l.Columns[column] = true
+	var key, unsent bool
+	_, err = pgx.ForEachRow(rows, []any{&l.OID, &column, &kind, &collate, &key, &unsent}, func() error {
+		l.Columns[column], c.unsent[column] = true, unsent
 		if column == t.Columns.Name("id") {
 			l.ID = kind + collate
 		}
-		types[column] = kind
+		c.types[column] = kind
 		l.ByTime = l.ByTime || key && column == t.Columns.Name("created_at") && kind == "timestamp with time zone"
 		return nil
 	})
-	switch {
-	case err != nil:
-		return l, fmt.Errorf("read the columns of %s: %w", t, err)
-	case len(l.Columns) == 0:
-		return l, &fault.Error{What: fmt.Sprintf("table %s does not exist (OUTBOX_TABLE)", t),
-			Remedy: "create it with `outbox-relay migrate`", Shell: "outbox-relay migrate"}
+	if err != nil {
+		return l, c, fmt.Errorf("read the columns of %s: %w", t, err)
 	}
-	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
-		return l, &fault.Error{What: fmt.Sprintf("table %s has no column %s", t, strings.Join(missing, ", ")), Remedy: t.Columns.remedy(missing), SQL: t.addColumns(missing)}
-	}
-	l.Payload = types[t.Columns.Name("payload")]
-	return l, t.checkTypes(types)
+	return l, c, nil
 }
 
 // CheckPartitionKey refuses a table that recording an outcome would move rows
@@ -178,10 +194,10 @@ var columnTypes = map[string]string{"id": "text", "version": "int", "aggregate_t
 
 // addColumns adds columns that the table lacks, where their type is known; rows
 // that are there already have none of them.
-func (t Table) addColumns(missing []string) string {
+func (t Table) addColumns(missing []string, l Layout) string {
 	var add []string
 	for _, name := range missing {
-		if columnTypes[name] == "" || t.Columns.Names != nil {
+		if columnTypes[name] == "" || t.Columns.Names != nil || l.otherCase(name) != "" {
 			return ""
 		}
 		add = append(add, "ADD COLUMN "+name+" "+columnTypes[name])
@@ -190,7 +206,7 @@ func (t Table) addColumns(missing []string) string {
 }
 
 // Types that the relay can work with, as format_type has them. An id's text must
-// be what pgoutput sends, which that of character(n), padded there, is not.
+// be what pgoutput sends: see checkPadding.
 var (
 	idTypes      = []string{"text", "character varying", "uuid", "bigint", "integer", "smallint"}
 	payloadTypes = []string{"jsonb", "json", "text", "character varying", "bytea"}

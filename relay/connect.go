@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"outbox-relay/internal/dsn"
 	"outbox-relay/internal/fault"
 	"outbox-relay/replication"
 )
@@ -21,11 +22,10 @@ func (r *Relay) postgres() (*pgx.ConnConfig, error) {
 	if err != nil {
 		return nil, &configError{err}
 	}
-	config, err := pgx.ParseConfig(url)
+	config, err := dsn.Parse(url)
 	if err != nil {
-		return nil, &configError{fmt.Errorf("OUTBOX_POSTGRES_URL: %w", err)}
+		return nil, &configError{fmt.Errorf("OUTBOX_POSTGRES_URL %w", err)}
 	}
-	nameAttributes(config)
 	return config, nil
 }
 
@@ -49,7 +49,6 @@ func (r *Relay) sqlConfig(application string, settings map[string]string) (*pgx.
 		"synchronous_commit":            "on",
 		"plan_cache_mode":               "force_custom_plan",
 		"standard_conforming_strings":   "on",
-		"client_encoding":               "UTF8",
 		"client_min_messages":           "notice", // a commit that is only local is a warning
 		"TimeZone":                      "UTC",
 		"DateStyle":                     "ISO, MDY",
@@ -78,8 +77,9 @@ func set(ctx context.Context, conn *pgconn.PgConn, settings map[string]string) e
 	return err
 }
 
-// explainConnect adds what to do where it isn't plain.
-func explainConnect(err error) error {
+// ExplainConnect adds what to do where it isn't plain. Every command says the same of
+// one cause.
+func ExplainConnect(err error) error {
 	f := &fault.Error{What: "connect to Postgres: " + err.Error(), Cause: err}
 	var pgErr *pgconn.PgError
 	errors.As(err, &pgErr)
@@ -98,8 +98,27 @@ func explainConnect(err error) error {
 		f.Remedy = "is OUTBOX_POSTGRES_URL that of a connection pooler? The relay needs the server itself"
 	case pgErr.Code == "3D000":
 		f.Remedy = "create the database, or correct OUTBOX_POSTGRES_URL"
+	case pgErr.Code == "42501":
+		f.Remedy, f.SQL = letIn(err, pgErr)
 	case pgErr.Code == "53300":
 		f.Remedy = "raise max_wal_senders or max_connections and restart Postgres, or end what uses them"
 	}
 	return f
+}
+
+// letIn says which right the role lacks for a connection: to the database, or to replicate.
+// Amazon RDS gives the latter by membership in a role of its own, so that nobody but the
+// server can tell whether a role has it.
+func letIn(err error, refused *pgconn.PgError) (remedy, sql string) {
+	var connect *pgconn.ConnectError
+	if !errors.As(err, &connect) {
+		return "", ""
+	}
+	role := pgx.Identifier{connect.Config.User}.Sanitize()
+	if refused.Routine == "CheckMyDatabase" {
+		sql = "GRANT CONNECT ON DATABASE " + pgx.Identifier{connect.Config.Database}.Sanitize() + " TO " + role
+		return "let the role in: " + sql, sql
+	}
+	sql = "ALTER ROLE " + role + " REPLICATION"
+	return "give the role the right to replicate: " + sql + " (Amazon RDS: GRANT rds_replication TO " + role + ")", sql
 }

@@ -51,7 +51,7 @@ func (e *Examination) Postgres(ctx context.Context) (*pgx.Conn, error) {
 	}
 	maps.Copy(config.RuntimeParams, readOnly)
 	if e.s.sql, err = pgx.ConnectConfig(ctx, config); err != nil {
-		return nil, explainConnect(err)
+		return nil, ExplainConnect(err)
 	}
 	e.s.store = checkpoint.NewStore(e.s.sql, e.s.table.Schema, e.s.table.Slot)
 	return e.s.sql, nil

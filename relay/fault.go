@@ -124,7 +124,8 @@ func withGrants(err error) error {
 	if errors.As(err, &pgErr) && pgErr.Where != "" {
 		return fmt.Errorf("%w, in %s", err, raisedIn(pgErr))
 	}
-	if lacksRight(err) {
+	var connect *pgconn.ConnectError
+	if lacksRight(err) && !errors.As(err, &connect) { // ExplainConnect has said it
 		return fmt.Errorf("%w: grant the role what deploy/postgres/roles.sql does", err)
 	}
 	return err

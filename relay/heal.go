@@ -52,7 +52,7 @@ func (s *session) cantHeal() string {
 func (s *session) slotLost(slot replication.Slot, noSlot error, cp checkpoint.Checkpoint) string {
 	switch {
 	case noSlot == nil && slot.Lost():
-		return fmt.Sprintf("slot %s is invalidated (wal_status = lost): WAL that it needs is gone", slot.Name)
+		return fmt.Sprintf("slot %s is invalidated (wal_status = lost): %s", slot.Name, replication.Why(slot.Invalidation))
 	case noSlot == nil && s.relay.unreadable.Load().is(slot):
 		return s.relay.unreadable.Load().why
 	case noSlot != nil && cp.Phase != "" && cp.Phase != checkpoint.Creating:

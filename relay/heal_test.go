@@ -84,7 +84,7 @@ func TestParkedByHand(t *testing.T) {
 			b.exec(`delete from events where id = $1`, rejected[0])
 		}
 		requireEnd(t, b.start("ON_REJECT=halt"), 1, "halted before event "+rejected[0])
-		if code := testenv.StartRelay(t, b.env, "park", rejected[0], "not", "ours").Wait(time.Minute); code != 0 {
+		if code := testenv.StartRelay(t, b.env, "park", rejected[0], "not", "ours", "--gone").Wait(time.Minute); code != 0 {
 			t.Fatalf("exit code %d", code)
 		}
 		r = b.streaming("ON_REJECT=halt")

@@ -188,7 +188,7 @@ func (h *housekeeper) connect(ctx context.Context) error {
 	}
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
-		return explainConnect(err)
+		return ExplainConnect(err)
 	}
 	h.conn = conn
 	return nil

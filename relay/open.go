@@ -113,7 +113,7 @@ func (s *session) openBacklog(ctx context.Context) error {
 		return err
 	}
 	if s.reading, err = pgx.ConnectConfig(ctx, config); err != nil {
-		return explainConnect(err)
+		return ExplainConnect(err)
 	}
 	if err := s.checkSameServer(ctx, s.reading); err != nil {
 		return err

@@ -46,16 +46,16 @@ func TestLeastPrivilege(t *testing.T) {
 func TestRightIsMissing(t *testing.T) {
 	b := setupOn(t, testenv.OwnPostgres(t, nil), testenv.NATSOptions{})
 	requireLeaves(t, b.streaming())
-	for _, c := range []struct{ name, revoke, grant string }{
-		{"replication", `alter role relay noreplication`, `alter role relay replication`},
-		{"select", `revoke select on events from relay`, `grant select on events to relay`},
-		{"update", `revoke update (status) on events from relay`, `grant update (status) on events to relay`},
-		{"checkpoint", `revoke update on outbox_relay_checkpoints from relay`, `grant update on outbox_relay_checkpoints to relay`},
+	for _, c := range []struct{ name, revoke, grant, says string }{
+		{"replication", `alter role relay noreplication`, `alter role relay replication`, `ALTER ROLE "relay" REPLICATION (Amazon RDS: GRANT rds_replication TO "relay")`},
+		{"select", `revoke select on events from relay`, `grant select on events to relay`, "deploy/postgres/roles.sql"},
+		{"update", `revoke update (status) on events from relay`, `grant update (status) on events to relay`, "deploy/postgres/roles.sql"},
+		{"checkpoint", `revoke update on outbox_relay_checkpoints from relay`, `grant update on outbox_relay_checkpoints to relay`, "deploy/postgres/roles.sql"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b.exec(c.revoke)
 			id := b.insert(1)
-			requireEnd(t, b.start(), 1, "SQLSTATE 42501", "deploy/postgres/roles.sql")
+			requireEnd(t, b.start(), 1, "SQLSTATE 42501", c.says)
 			b.exec(c.grant)
 			r := b.streaming()
 			b.requireStatus("published", id)

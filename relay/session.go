@@ -178,7 +178,7 @@ func (s *session) connectSQL(ctx context.Context) error {
 		}
 	}
 	if s.sql, err = pgx.ConnectConfig(ctx, config); err != nil {
-		return explainConnect(err)
+		return ExplainConnect(err)
 	}
 	s.store = checkpoint.NewStore(s.sql, s.table.Schema, s.table.Slot)
 	return s.checkServer(ctx)
@@ -199,7 +199,7 @@ func (s *session) connectReplication(ctx context.Context) error {
 	}
 	conn, err := replication.Connect(ctx, &config.Config)
 	if err != nil {
-		return explainConnect(err)
+		return ExplainConnect(err)
 	}
 	s.conn = conn
 	if s.system, err = conn.Identify(ctx); err != nil {

@@ -4,14 +4,14 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"slices"
 	"strings"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+
+	"outbox-relay/internal/dsn"
 )
 
 // distrust reports whether Postgres refuses the role or our certificate, or we
@@ -63,25 +63,6 @@ func mayBePlain(config *pgconn.Config) bool {
 func refusedByDriver(err error) bool {
 	var network net.Error
 	var pgErr *pgconn.PgError
-	return !errors.As(err, &network) && !errors.As(err, &pgErr) && !errors.Is(err, errAttributes) && !errors.Is(err, context.Canceled) &&
+	return !errors.As(err, &network) && !errors.As(err, &pgErr) && !errors.Is(err, dsn.ErrAttributes) && !errors.Is(err, context.Canceled) &&
 		!errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, net.ErrClosed)
-}
-
-// errAttributes says that a server is not what target_session_attrs asks for,
-// which it can become.
-var errAttributes = errors.New("not what target_session_attrs in OUTBOX_POSTGRES_URL asks for")
-
-// nameAttributes gives that error its type.
-func nameAttributes(config *pgx.ConnConfig) {
-	validate := config.ValidateConnect
-	if validate == nil {
-		return
-	}
-	config.ValidateConnect = func(ctx context.Context, conn *pgconn.PgConn) error {
-		err := validate(ctx, conn)
-		if _, preferred := err.(*pgconn.NotPreferredError); err == nil || preferred {
-			return err // the driver asks for this very type
-		}
-		return fmt.Errorf("%w: %w", errAttributes, err)
-	}
 }

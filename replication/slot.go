@@ -26,6 +26,9 @@ type Slot struct {
 	Active    bool
 	Confirmed pglogrepl.LSN // 0 where there is none
 	WALStatus string        // reserved, extended, unreserved, lost
+	// Invalidation is why it is lost: wal_removed, idle_timeout and others; empty: it is not,
+	// or the server, older than 17, does not say.
+	Invalidation string
 }
 
 // ReadSlot reads the slot's state, or ErrNoSlot.
@@ -33,9 +36,9 @@ func ReadSlot(ctx context.Context, conn *pgx.Conn, name string) (Slot, error) {
 	s := Slot{Name: name}
 	var confirmed string
 	err := conn.QueryRow(ctx, `select coalesce(plugin, ''), slot_type, coalesce(database, ''), temporary, two_phase,
-			active, coalesce(confirmed_flush_lsn, '0/0')::text, coalesce(wal_status, '')
-		from pg_catalog.pg_replication_slots where slot_name = $1`, name).
-		Scan(&s.Plugin, &s.Type, &s.Database, &s.Temporary, &s.TwoPhase, &s.Active, &confirmed, &s.WALStatus)
+			active, coalesce(confirmed_flush_lsn, '0/0')::text, coalesce(wal_status, ''), coalesce(pg_catalog.to_jsonb(r) ->> 'invalidation_reason', '')
+		from pg_catalog.pg_replication_slots r where slot_name = $1`, name).
+		Scan(&s.Plugin, &s.Type, &s.Database, &s.Temporary, &s.TwoPhase, &s.Active, &confirmed, &s.WALStatus, &s.Invalidation)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):
 		return s, ErrNoSlot
@@ -49,6 +52,18 @@ func ReadSlot(ctx context.Context, conn *pgx.Conn, name string) (Slot, error) {
 // Lost reports whether Postgres has invalidated the slot: WAL that it needs is
 // gone, so nothing comes out of it any more.
 func (s Slot) Lost() bool { return s.WALStatus == "lost" }
+
+// Why says by which setting Postgres has invalidated a slot, from the reason that it gives.
+// Source: https://www.postgresql.org/docs/18/view-pg-replication-slots.html
+func Why(invalidation string) string {
+	switch invalidation {
+	case "idle_timeout":
+		return "no relay read from it for longer than idle_replication_slot_timeout"
+	case "", "wal_removed":
+		return "WAL that it needs is gone (max_slot_wal_keep_size)"
+	}
+	return "Postgres gives the reason " + invalidation
+}
 
 // Check returns an error that says why a relay of this database can't use the
 // slot, and what to do.

@@ -3,14 +3,14 @@ package config
 import (
 	"errors"
 	"fmt"
-	"net/url"
 	"regexp"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/internal/dsn"
 )
 
 // maxIdentifier is Postgres' limit in bytes; what is longer it would cut.
@@ -142,101 +142,7 @@ func parsePublication(s string) (string, error) {
 	return s, nil
 }
 
-// checkPostgresURL says what is wrong, as far as that shows nothing of the
-// password: pgx blanks it out of its errors, but at best effort (a password
-// with an unescaped space, slash or quote partly stays).
 func checkPostgresURL(s string) error {
-	if strayCredentials(s) {
-		return errors.New("has an @ outside the user information, so a part of the password may stand as host, database or parameter: write special characters as %XX (@ as %40, / as %2F)")
-	}
-	_, err := pgx.ParseConfig(s)
-	if err == nil {
-		return nil
-	}
-	problem := "is not a usable connection string"
-	_, detail, found := strings.Cut(err.Error(), "`: ")
-	if found && !strings.Contains(detail, "`") && !echoes(detail, s) {
-		problem += ": " + detail
-	}
-	return errors.New(problem + "; write postgres://user:password@host:5432/database, special characters as %XX, or host=… dbname=…")
-}
-
-// strayCredentials reports whether a part of the password may be taken for
-// something else, which errors of a dial and of the server would show.
-func strayCredentials(s string) bool {
-	rest, isURL := strings.CutPrefix(s, "postgres://")
-	if !isURL {
-		rest, isURL = strings.CutPrefix(s, "postgresql://")
-	}
-	if !isURL {
-		return strayInKeywords(s)
-	}
-	// Like libpq, pgx ends the user information at the first @ before a slash.
-	// Source: parseURLSettings of pgx's pgconn/parse_url.go.
-	if i := strings.IndexAny(rest, "@/"); i >= 0 && rest[i] == '@' {
-		if strings.Contains(strings.ToLower(rest[:i]), "password=") {
-			return true
-		}
-		rest = rest[i+1:]
-	}
-	place, query, _ := strings.Cut(rest, "?")
-	return strings.Contains(place, "@") || slices.ContainsFunc(strings.Split(query, "&"), func(parameter string) bool {
-		key, value, _ := strings.Cut(parameter, "=")
-		return strings.Contains(key, "@") || key != "user" && key != "password" && strings.Contains(value, "@")
-	})
-}
-
-// strayInKeywords is strayCredentials of a keyword/value string. A host that
-// begins with @ is a socket in the abstract namespace.
-func strayInKeywords(s string) bool {
-	config, err := pgx.ParseConfig(s)
-	if err != nil {
-		return false
-	}
-	stray := strings.LastIndexByte(config.Host, '@') > 0
-	for _, fallback := range config.Fallbacks {
-		stray = stray || strings.LastIndexByte(fallback.Host, '@') > 0
-	}
-	return stray
-}
-
-// echoes reports whether detail repeats four bytes or more of where the
-// connection string may hold credentials.
-func echoes(detail, connString string) bool {
-	const run = 4
-	for _, region := range credentialRegions(connString) {
-		decoded, err := url.PathUnescape(region)
-		if err != nil {
-			decoded = region
-		}
-		for _, r := range []string{region, decoded} {
-			if r != "" && len(r) < run && strings.Contains(detail, r) {
-				return true
-			}
-			for i := 0; i+run <= len(r); i++ {
-				if strings.Contains(detail, r[i:i+run]) {
-					return true
-				}
-			}
-		}
-	}
-	return false
-}
-
-var passwordWord = regexp.MustCompile(`(?i)password`)
-
-// credentialRegions errs on the long side: all before the last @, and all after
-// the first word password.
-func credentialRegions(s string) []string {
-	if _, rest, ok := strings.Cut(s, "://"); ok {
-		s = rest
-	}
-	var regions []string
-	if i := strings.LastIndexByte(s, '@'); i >= 0 {
-		regions = append(regions, s[:i])
-	}
-	if at := passwordWord.FindStringIndex(s); at != nil {
-		regions = append(regions, s[at[1]:])
-	}
-	return regions
+	_, err := dsn.Parse(s)
+	return err
 }
