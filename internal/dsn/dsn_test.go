@@ -95,9 +95,10 @@ func TestPostgresURLWithPasswordElsewhere(t *testing.T) {
 func TestParameters(t *testing.T) {
 	t.Parallel()
 	for parameter, want := range map[string]string{
-		"gssencmode=disable": "map[]", "replication=database": "map[]", "keepalives_idle=5": "map[]",
-		"timezone=Europe/Berlin": "map[TimeZone:Europe/Berlin]", "SEARCH_PATH=app": "map[search_path:app]",
-		"options=-c%20work_mem%3D5MB": "map[options:-c work_mem=5MB]", "app.tenant=x": "map[app.tenant:x]", "role=writer": "map[role:writer]",
+		"gssencmode=disable": "map[client_encoding:UTF8]", "replication=database": "map[client_encoding:UTF8]", "keepalives_idle=5": "map[client_encoding:UTF8]",
+		"client_encoding=LATIN1": "map[client_encoding:UTF8]",
+		"timezone=Europe/Berlin": "map[TimeZone:Europe/Berlin client_encoding:UTF8]", "SEARCH_PATH=app": "map[client_encoding:UTF8 search_path:app]",
+		"options=-c%20work_mem%3D5MB": "map[client_encoding:UTF8 options:-c work_mem=5MB]", "app.tenant=x": "map[app.tenant:x client_encoding:UTF8]", "role=writer": "map[client_encoding:UTF8 role:writer]",
 		"schema=shop":        "has parameter schema, which the relay can't obey: take it out (name the schema in OUTBOX_TABLE)",
 		"pgbouncer=true":     "has parameter pgbouncer, which the relay can't obey: take it out",
 		"gssencmode=require": "has parameter gssencmode, which the relay can't obey: take it out (GSS encryption is not supported, use sslmode)",
