@@ -12,6 +12,9 @@ type Partition struct {
 	OID   uint32
 	Name  string // as SQL has it
 	Empty bool
+	// Recent says that it, or what it is a partition of, was attached in WAL that the slot
+	// still holds the catalog for: maybe while no relay ran.
+	Recent bool
 	// Constraint is the condition that its rows fulfil: a query of the table with it looks
 	// in no other partition, and needs no right on this one.
 	Constraint string
@@ -20,10 +23,14 @@ type Partition struct {
 // Partitions returns the partitions of the table; none where it is not partitioned.
 func (t Table) Partitions(ctx context.Context, conn *pgx.Conn) ([]Partition, error) {
 	rows, err := conn.Query(ctx, `select c.oid, pg_catalog.format('%I.%I', n.nspname, c.relname),
-			pg_catalog.pg_relation_size(c.oid) = 0, coalesce(pg_catalog.pg_get_partition_constraintdef(c.oid), 'true')
+			pg_catalog.pg_relation_size(c.oid) = 0,
+			exists (select from pg_catalog.pg_partition_ancestors(c.oid) a join pg_catalog.pg_inherits i on i.inhrelid = a.relid
+				join pg_catalog.pg_replication_slots s on s.slot_name = $2
+				where pg_catalog.age(i.xmin) <= pg_catalog.age(s.catalog_xmin)),
+			coalesce(pg_catalog.pg_get_partition_constraintdef(c.oid), 'true')
 		from pg_catalog.pg_partition_tree(pg_catalog.to_regclass($1)) p
 		join pg_catalog.pg_class c on c.oid = p.relid join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-		where p.isleaf and p.parentrelid is not null`, t.String())
+		where p.isleaf and p.parentrelid is not null`, t.String(), t.Slot)
 	if err != nil {
 		return nil, fmt.Errorf("list the partitions of %s: %w", t, err)
 	}

@@ -13,8 +13,8 @@ import (
 // those that are pending come through no slot. The relay can't tell whether they were
 // published elsewhere; it reports them.
 
-// attached are partitions that were not there when the session began, and have not been
-// searched yet. The zero value has looked at nothing.
+// attached are partitions that were attached while the session runs, or not long before it,
+// and have not been searched yet. The zero value has looked at nothing.
 type attached struct {
 	known  map[uint32]bool // by their OIDs; nil: not looked at yet
 	fresh  []partition
@@ -49,7 +49,7 @@ func (r *recorder) inspect(ctx context.Context, state outbox.State) error {
 		a.known = map[uint32]bool{}
 	}
 	for _, p := range partitions {
-		if !first && !a.known[p.OID] && !p.Empty {
+		if !p.Empty && (first && p.Recent || !first && !a.known[p.OID]) {
 			a.fresh = append(a.fresh, partition{p, state.Snapshot, state.WALEnd})
 		}
 		a.known[p.OID] = true
