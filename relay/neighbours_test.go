@@ -89,3 +89,28 @@ func TestPublicationOfAllTables(t *testing.T) {
 		})
 	}
 }
+
+// Where default privileges let nobody execute new functions, what roles.sql grants is
+// enough for all that the relay does, and the commands as its role.
+func TestFunctionsAreForNobody(t *testing.T) {
+	t.Parallel()
+	b := setupEmpty(t, testenv.Postgres(t), testenv.NATSOptions{})
+	b.exec(`alter default privileges revoke execute on functions from public`)
+	b.migrate()
+	b.grant()
+	r := b.streaming("RETRY_ATTEMPTS=3", "RETRY_BACKOFF=1s", "RETENTION=1h")
+	ids := b.insert(2)
+	failed := b.reject(2)
+	b.requireStatus("failed", failed)
+	b.mend()
+	b.requireStatus("published", failed)
+	b.requireStream(append(ids, failed...))
+	env := b.asRelay(b.with("RETRY_ATTEMPTS=3"))
+	b.exec(`update events set status = 'failed', failed_at = now(), retried_attempts = 3 where id = $1`, failed[0])
+	requireEnd(t, testenv.StartRelay(t, env, "retry", failed[0]), 0)
+	b.requireStatus("published", failed[:1])
+	requireEnd(t, testenv.StartRelay(t, env, "retry", "--all"), 0)
+	requireEnd(t, testenv.StartRelay(t, env, "replay", "--id", ids[0], "--run", "again", "--yes"), 0)
+	requireEnd(t, testenv.StartRelay(t, env, "status"), 0)
+	requireLeaves(t, r)
+}
