@@ -27,19 +27,10 @@ func (t Table) Statuses(ctx context.Context, conn *pgx.Conn, ids []string) (map[
 // RetryAll puts all rows back to pending that the relay has parked, and asks the
 // relay to publish them. It returns how many.
 func (t Table) RetryAll(ctx context.Context, conn *pgx.Conn) (retried int64, err error) {
-	if err := conn.QueryRow(ctx, `select `+t.retryAllFunction()+`()`).Scan(&retried); err != nil {
+	if err := conn.QueryRow(ctx, `select `+t.function(t.ownName("outbox_retry_all"))+`()`).Scan(&retried); err != nil {
 		return 0, fmt.Errorf("retry all failed rows of %s: %w", t, err)
 	}
 	return retried, nil
-}
-
-// retryAllFunction is made by migrate, under a name that no other outbox in the
-// schema has.
-func (t Table) retryAllFunction() string {
-	if t.Name == "events" {
-		return t.function("outbox_retry_all")
-	}
-	return t.function("outbox_retry_all_" + t.Name)
 }
 
 // Parking is what came of parking a row by hand.

@@ -131,7 +131,8 @@ func (t Table) grants(uses Uses) []grant {
 	all = append(all, t.executeGrant("outbox_relay_publication_state(name, regclass)"), t.executeGrant("outbox_relay_check_partition_key(regclass)"))
 	all = append(all, t.ownGrant("outbox_relay_secret", "SELECT"))
 	if uses.Retries {
-		all = append(all, t.executeGrant("outbox_relay_ask(regclass, text)"))
+		all = append(all, t.executeGrant("outbox_relay_ask(regclass, text)"), t.executeGrant(t.ownName("outbox_retry")+"(text[])"),
+			t.executeGrant(t.ownName("outbox_retry_all")+"()"))
 	}
 	if uses.Retention {
 		drop := t.executeGrant("outbox_relay_drop_partitions(regclass, interval)")
@@ -147,8 +148,8 @@ func (t Table) ownGrant(name string, rights ...string) grant {
 }
 
 func (t Table) executeGrant(signature string) grant {
-	name, arguments, _ := strings.Cut(signature, "(")
-	own := t.function(name) + "(" + arguments
+	arguments := strings.LastIndex(signature, "(")
+	own := t.function(signature[:arguments]) + signature[arguments:]
 	return grant{object: "FUNCTION " + own, name: own, kind: "function"}
 }
 

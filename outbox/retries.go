@@ -58,11 +58,13 @@ func (t Table) Retry(ctx context.Context, conn *pgx.Conn, ids []string) (retried
 	return retried, nil
 }
 
-// retryFunction is made by migrate, under a name that no other outbox in the
-// schema has.
-func (t Table) retryFunction() string {
+// retryFunction is made by migrate.
+func (t Table) retryFunction() string { return t.function(t.ownName("outbox_retry")) }
+
+// ownName is a function's name as migrate makes it, which no other outbox in the schema has.
+func (t Table) ownName(function string) string {
 	if t.Name == "events" {
-		return t.function("outbox_retry")
+		return function
 	}
-	return t.function("outbox_retry_" + t.Name)
+	return function + "_" + t.Name
 }

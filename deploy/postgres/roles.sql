@@ -28,6 +28,7 @@ grant insert (aggregate_type, aggregate_id, event_type, payload, headers), selec
 grant select, update (status, published_at, failed_at, failed_reasons, failed_attempts) on events to relay;
 grant select, insert, update on outbox_relay_checkpoints to relay;
 grant select on outbox_relay_secret to relay;
+grant execute on function outbox_relay_publication_state(name, regclass), outbox_relay_check_partition_key(regclass) to relay;
 grant select, insert, update, delete on outbox_relay_leftovers, outbox_relay_history, outbox_relay_batches, outbox_relay_backlog to relay;
 
 -- Only with OUTBOX_AFTER_PUBLISH=delete, or OUTBOX_RETENTION:
@@ -37,7 +38,7 @@ grant select, insert, update, delete on outbox_relay_leftovers, outbox_relay_his
 -- grant update (retried_at, retried_attempts) on events to relay;
 
 -- Only with OUTBOX_RETRY_ATTEMPTS, or for `outbox-relay retry` and `replay` as this role:
--- grant execute on function outbox_relay_ask(regclass, text) to relay;
+-- grant execute on function outbox_relay_ask(regclass, text), outbox_retry(text[]), outbox_retry_all() to relay;
 
 -- Only with OUTBOX_RETENTION on a partitioned table:
 -- grant execute on function outbox_relay_drop_partitions(regclass, interval) to relay;
