@@ -203,7 +203,7 @@ func TestDebeziumOutboxMigrateRefuses(t *testing.T) {
 		"column unknown": {fmt.Sprintf(debezium, "jsonb"), []string{"COLUMN_CREATED_AT=at"}, "has no column at (OUTBOX_COLUMN_CREATED_AT)"},
 		"no table":       {`select`, nil, "does not exist"},
 		"padded id": {strings.Replace(fmt.Sprintf(debezium, "jsonb"), "uuid", "character(36)", 1), nil,
-			"column \"id\" of table \"public\".\"outboxevent\" is of type character: it can be text"},
+			"column \"id\" of table \"public\".\"outboxevent\" is of type character, which Postgres pads: ALTER TABLE"},
 		"own status": {strings.Replace(fmt.Sprintf(debezium, "jsonb"), "payload", "status text not null, payload", 1), nil,
 			"has a column status of its own"},
 	} {
@@ -214,7 +214,7 @@ func TestDebeziumOutboxMigrateRefuses(t *testing.T) {
 			if code := r.Wait(30 * time.Second); code != 1 || !strings.Contains(r.Logs(), c.message) {
 				t.Errorf("exit code %d, and not %q:\n%s", code, c.message, r.Logs())
 			}
-			if name != "padded id" && o.count(`select count(*) from pg_attribute where attrelid = to_regclass('outboxevent') and attname = 'failed_at'`) != 0 {
+			if o.count(`select count(*) from pg_attribute where attrelid = to_regclass('outboxevent') and attname = 'failed_at'`) != 0 {
 				t.Error("the table was changed all the same")
 			}
 		})
