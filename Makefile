@@ -14,7 +14,7 @@ VERSIONS ?= 15 16 17 18
 INTEGRATION = ./checkpoint ./decoder ./migrations ./ops ./outbox ./replication ./relay
 # Tests of these that take long, or have no relay with the race detector (it is no
 # static binary), and whose outcome does not.
-SAME = ^(TestRunsInAContainer|TestPage|TestPageIsReadOnlyWithoutToken|TestOutagesAreNoStall|TestMigrateShowsProgress|TestRunShowsBackfillAndDraining|TestReplayShowsProgress|TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestWalsenderHearsFromTheRelay|TestSlotIsHeldOnEveryPath|TestWalsenderEndsWhileNATSIsDown|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestBackfillOfLargeRowsInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
+SAME = ^(TestRunsInAContainer|TestPage|TestPageIsReadOnlyWithoutToken|TestOutagesAreNoStall|TestMigrateShowsProgress|TestRunShowsBackfillAndDraining|TestReplayShowsProgress|TestTrackerAgainstModel|TestGoldenSession.*|TestBackfillKilledAtRandomMoments|TestLinkToNATSCutWithThousandsInFlight|TestTransactionOfAMillionEvents|TestNATSDownUnderLoad|TestWalsenderHearsFromTheRelay|TestSlotIsHeldOnEveryPath|TestWalsenderEndsWhileNATSIsDown|TestIdleRelayLetsAnIdleDatabaseRest|TestBackfillInFlatMemory|TestBackfillOfLargeRowsInFlatMemory|TestRetryOfLargeRowsInFlatMemory|TestLateCopiesLandWhileMatching|TestReplayKilledAtRandomMoments|TestSlotLostUnderLoad)$$
 
 .PHONY: test test-plain test-race test-deploy test-versions chaos lint bench bench-quick build release release-check demo pictures
 
