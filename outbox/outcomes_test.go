@@ -13,6 +13,26 @@ import (
 	"outbox-relay/outbox"
 )
 
+// What is larger than Postgres takes as one value is left out of what is kept: no row keeps
+// the outcomes of others from being recorded.
+func TestLargePayloadIsNotKept(t *testing.T) {
+	t.Parallel()
+	for payload, text := range map[string]string{"text": strings.Repeat("x", 65<<20), "bytea": strings.Repeat("x", 33<<20)} {
+		b := setup(t)
+		b.table.Columns.Payload = payload
+		s := b.claimed()
+		e := outbox.Event{ID: []byte("gone"), EventType: []byte("created"), Payload: []byte(text)}
+		effects, err := b.table.Held([]checkpoint.Item{{ID: e.ID, Outcome: checkpoint.Parked, Detail: &outbox.Rejected{Event: e, Reason: "too large"}}})
+		b.must(err)
+		b.must(s.Guarded(t.Context(), effects))
+		kept := get[string](b, `select event::text from outbox_relay_leftovers where id = 'gone'`)
+		want := fmt.Sprintf(`"left_out": {"payload": %d}`, len(text))
+		if !strings.Contains(kept, want) || !strings.Contains(kept, `"event_type": "created"`) || len(kept) > 1000 {
+			t.Errorf("%s: %d bytes are kept, %.300s", payload, len(kept), kept)
+		}
+	}
+}
+
 // claimed is the relay's checkpoint, ready to advance.
 func (b *bundle) claimed() *checkpoint.Store {
 	b.Helper()
