@@ -254,13 +254,24 @@ func (t Table) WriteLeftoversAnywhere(leftovers []Leftover, w *LeftoversWritten)
 	return t.anywhere().WriteLeftovers(leftovers, w)
 }
 
+// maxKept is how many bytes a value may have to be kept. As hex, or with each byte escaped
+// (\u0001), it is still a string that jsonb takes, which has less than 256 MiB, in a message
+// that Postgres takes, which has less than 1 GiB.
+// Source: JENTRY_OFFLENMASK in src/include/utils/jsonb.h, PQ_LARGE_MESSAGE_LIMIT in
+// src/include/libpq/libpq.h.
+const maxKept = 32 << 20
+
 // whole returns the event as a JSON object of its columns. A payload of another type
 // than jsonb, or one that did not convert, is a string, to the letter; bytea is in hex, as Postgres writes it.
+// What is larger than maxKept is left out; "left_out" then has its size in bytes.
 func (e *Event) whole(columns Columns) (string, error) {
 	object := map[string]any{"commit_lsn": e.Position.Commit.String(), "ordinal": e.Position.Ordinal}
+	leftOut := map[string]int{}
 	for _, field := range columns.Fields(e) {
 		switch value := *field.Value; {
 		case value == nil:
+		case len(value) > maxKept:
+			leftOut[field.Name] = len(value)
 		case field.Usual == "payload" && columns.Bytea():
 			object[field.Name] = `\x` + hex.EncodeToString(value)
 		case (field.Usual == "payload" && (columns.Payload == "" || columns.Payload == "jsonb") || field.Usual == "headers") && json.Valid(value):
@@ -268,6 +279,9 @@ func (e *Event) whole(columns Columns) (string, error) {
 		default:
 			object[field.Name] = string(value)
 		}
+	}
+	if len(leftOut) > 0 {
+		object["left_out"] = leftOut
 	}
 	whole, err := json.Marshal(object)
 	if err != nil {

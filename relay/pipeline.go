@@ -170,15 +170,24 @@ func (p *pipeline) event(e *outbox.Event) error {
 
 // send publishes the event, once the parked one before it is recorded.
 func (p *pipeline) send(index uint64, e *outbox.Event) error {
-	if p.barrier {
-		p.chain.Flush()
-		p.recorder.hurry()
-		if err := p.tracker.WaitRecorded(p.ctx, p.parked); err != nil {
-			return err
-		}
-		p.barrier = false
+	if err := p.awaitParked(); err != nil {
+		return err
 	}
 	return p.rejected(index, e, p.chain.Publish(p.ctx, index, e))
+}
+
+// awaitParked waits until the parked event before this one is recorded.
+func (p *pipeline) awaitParked() error {
+	if !p.barrier {
+		return nil
+	}
+	p.chain.Flush()
+	p.recorder.hurry()
+	if err := p.tracker.WaitRecorded(p.ctx, p.parked); err != nil {
+		return err
+	}
+	p.barrier = false
+	return nil
 }
 
 // pending reports whether the insert is an event. One whose status was not
@@ -248,6 +257,9 @@ func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
 	}
 	var rejection *sink.RejectedError
 	if !errors.As(err, &rejection) {
+		return err
+	}
+	if err := p.awaitParked(); err != nil { // one parked event at a time is held whole, and recorded
 		return err
 	}
 	if err := p.park(p.ctx, index, e, rejection.Reason); err != nil {
