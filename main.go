@@ -25,6 +25,7 @@ import (
 	"outbox-relay/migrations"
 	"outbox-relay/ops"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/relay"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
@@ -208,7 +209,7 @@ func relayEvents(ctx context.Context, cfg config.Config, std streams) error {
 }
 
 func relayConfig(cfg config.Config) relay.Config {
-	columns := outbox.Columns{Names: cfg.Columns, Extra: extraColumns(cfg)}
+	columns := event.Columns{Names: cfg.Columns, Extra: extraColumns(cfg)}
 	return relay.Config{
 		Postgres: cfg.Postgres.URL.Value,
 		Table: outbox.Table{
@@ -230,7 +231,7 @@ func relayConfig(cfg config.Config) relay.Config {
 	}
 }
 
-func sinkConfig(cfg config.Config, system replication.System, columns outbox.Columns) sink.Config {
+func sinkConfig(cfg config.Config, system replication.System, columns event.Columns) sink.Config {
 	tokens := make([]sink.Token, len(cfg.Subject.Tokens))
 	for i, token := range cfg.Subject.Tokens {
 		tokens[i] = sink.Token(token)
@@ -268,10 +269,10 @@ func secret(s config.Secret) func() (string, error) {
 
 // extraColumns names the columns that only the subject needs.
 func extraColumns(cfg config.Config) []string {
-	columns := outbox.Columns{Names: cfg.Columns}
+	columns := event.Columns{Names: cfg.Columns}
 	var extra []string
 	for _, column := range cfg.Subject.Columns() {
-		if columns.Find(&outbox.Event{}, column) == nil {
+		if columns.Find(&event.Event{}, column) == nil {
 			extra = append(extra, column)
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/lsn"
+	"outbox-relay/outbox/event"
 )
 
 // Source is why rows are published from the table.
@@ -28,9 +29,9 @@ type TableBatch struct {
 	Source Source
 	Run    string // of a replay
 	IDs    []string
-	Done   int      // how many of them, from the first on, are recorded
-	End    Position // of the checkpoint once all are
-	Part   int      // of the backlog that the ids are the next ones of; 0: of none
+	Done   int            // how many of them, from the first on, are recorded
+	End    event.Position // of the checkpoint once all are
+	Part   int            // of the backlog that the ids are the next ones of; 0: of none
 }
 
 // Left lists what is still to be done.

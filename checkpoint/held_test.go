@@ -6,6 +6,7 @@ import (
 	"github.com/jackc/pglogrepl"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/outbox/event"
 )
 
 // While a snapshot is held, by a backup, a prepared transaction or a standby's query, no
@@ -30,7 +31,7 @@ func TestAdvanceWhileASnapshotIsHeld(t *testing.T) {
 		before := fetched()
 		for range times {
 			position += 8
-			b.must(s.Advance(t.Context(), checkpoint.Advance{Position: checkpoint.Position{Commit: position}, Sequence: uint64(position)}, checkpoint.Effects{}))
+			b.must(s.Advance(t.Context(), checkpoint.Advance{Position: event.Position{Commit: position}, Sequence: uint64(position)}, checkpoint.Effects{}))
 		}
 		return float64(fetched()-before) / float64(times)
 	}

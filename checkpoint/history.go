@@ -8,6 +8,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/lsn"
+	"outbox-relay/outbox/event"
 )
 
 // keptApart is into how many parts the kept checkpoints divide their time.
@@ -30,7 +31,7 @@ func (s *Store) keeping(a Advance) string {
 
 // Earlier is an older checkpoint.
 type Earlier struct {
-	Position  Position
+	Position  event.Position
 	Confirmed pglogrepl.LSN // as it was then: a slot that is not beyond has every event after Position
 	Sequence  uint64
 	MessageID string

@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5/pgtype"
 
 	"outbox-relay/internal/lsn"
+	"outbox-relay/outbox/event"
 )
 
 var lsnForm = regexp.MustCompile(`^0*([0-9A-Fa-f]{1,8})/0*([0-9A-Fa-f]{1,8})$`)
@@ -45,8 +46,8 @@ func FuzzPosition(f *testing.F) {
 		if got, err := lsn.Parse(text); legal != (err == nil) || got != want {
 			t.Fatalf("%q: %s, %v, want %s, %v", text, got, err, want, legal)
 		}
-		p, q := Position{pglogrepl.LSN(commit), ordinal}, Position{pglogrepl.LSN(otherCommit), otherOrdinal}
-		for _, p := range []Position{p, q} {
+		p, q := event.Position{Commit: pglogrepl.LSN(commit), Ordinal: ordinal}, event.Position{Commit: pglogrepl.LSN(otherCommit), Ordinal: otherOrdinal}
+		for _, p := range []event.Position{p, q} {
 			if back := parsePosition(t, p.String()); back != p {
 				t.Fatalf("%+v came back from %q as %+v", p, p, back)
 			}
@@ -58,7 +59,7 @@ func FuzzPosition(f *testing.F) {
 }
 
 // parsePosition parses what Position.String prints.
-func parsePosition(t testing.TB, text string) Position {
+func parsePosition(t testing.TB, text string) event.Position {
 	t.Helper()
 	slash := strings.LastIndexByte(text, '/')
 	lsn, err := lsn.Parse(text[:max(slash, 0)])
@@ -66,7 +67,7 @@ func parsePosition(t testing.TB, text string) Position {
 	if err := errors.Join(err, err2); err != nil {
 		t.Fatalf("%q: %v", text, err)
 	}
-	return Position{lsn, ordinal}
+	return event.Position{Commit: lsn, Ordinal: ordinal}
 }
 
 // row is a row of outbox_relay_checkpoints as it comes from Postgres, column by
@@ -143,7 +144,7 @@ func FuzzCheckpoint(f *testing.F) {
 		if !legal {
 			return
 		}
-		want := Checkpoint{Phase: Phase(phase), SystemID: system, Timeline: timeline, Position: Position{at, uint64(ordinal)}, Confirmed: end, Stream: stream,
+		want := Checkpoint{Phase: Phase(phase), SystemID: system, Timeline: timeline, Position: event.Position{Commit: at, Ordinal: uint64(ordinal)}, Confirmed: end, Stream: stream,
 			StreamCreated: got.StreamCreated, Sequence: uint64(sequence), MessageID: message, Bound: int(bound), Foreign: foreign, Publication: publication,
 			Backfilled: backfilled}
 		if !reflect.DeepEqual(got, want) || claimed != epoch {

@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/lsn"
+	"outbox-relay/outbox/event"
 )
 
 // Format is the newest version of the checkpoint row that this release knows. A
@@ -46,8 +47,8 @@ type Checkpoint struct {
 	Phase         Phase
 	SystemID      string // of the Postgres cluster, by IDENTIFY_SYSTEM
 	Timeline      int32
-	Position      Position      // every event up to it is stored or parked
-	Confirmed     pglogrepl.LSN // the highest LSN ever confirmed to the slot
+	Position      event.Position // every event up to it is stored or parked
+	Confirmed     pglogrepl.LSN  // the highest LSN ever confirmed to the slot
 	Stream        string
 	StreamCreated time.Time // microseconds
 	Sequence      uint64    // the stream's sequence at exactly Position
@@ -222,7 +223,7 @@ func (s *Store) durable(err error) error {
 
 // Advance is one step of the checkpoint.
 type Advance struct {
-	Position  Position
+	Position  event.Position
 	Sequence  uint64
 	MessageID string        // empty: unchanged
 	Confirm   pglogrepl.LSN // up to it everything is done; below what was confirmed once, where the checkpoint went back

@@ -16,6 +16,7 @@ import (
 	"outbox-relay/internal/pgserver"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // bundle is a migrated database with a connection of the application.
@@ -86,7 +87,7 @@ func (b *bundle) begun(name string) (*checkpoint.Store, *pgx.Conn) {
 	b.must(s.Create(b.Context(), first))
 	cp, err := s.Claim(b.Context())
 	b.must(err)
-	cp.Position, cp.Confirmed, cp.Bound = checkpoint.Position{Commit: 100}, 100, 65536
+	cp.Position, cp.Confirmed, cp.Bound = event.Position{Commit: 100}, 100, 65536
 	b.must(s.Begin(b.Context(), cp))
 	return s, conn
 }
@@ -141,7 +142,7 @@ func TestStoreKeepsACheckpoint(t *testing.T) {
 		t.Fatalf("claimed %+v, want %+v", got, want)
 	}
 	want.Phase, want.Timeline, want.Confirmed = checkpoint.Streaming, 4, 0x1_00000010
-	want.Position = checkpoint.Position{Commit: 0xFFFFFFFF_00000001, Ordinal: 9}
+	want.Position = event.Position{Commit: 0xFFFFFFFF_00000001, Ordinal: 9}
 	want.Bound, want.Publication = 65536, "a fingerprint"
 	b.must(s.Begin(ctx, want))
 	require("begin")
@@ -152,7 +153,7 @@ func TestStoreKeepsACheckpoint(t *testing.T) {
 	want.Sequence, want.Confirmed = 46, 0x1_00000020
 	b.must(s.Advance(ctx, checkpoint.Advance{Position: want.Position, Sequence: 46, Confirm: 0x1_00000020}, checkpoint.Effects{}))
 	require("an advance without an id")
-	err = s.Advance(ctx, checkpoint.Advance{Position: checkpoint.Position{Commit: want.Position.Commit, Ordinal: 11}, Sequence: 47}, checkpoint.Effects{})
+	err = s.Advance(ctx, checkpoint.Advance{Position: event.Position{Commit: want.Position.Commit, Ordinal: 11}, Sequence: 47}, checkpoint.Effects{})
 	if !errors.Is(err, checkpoint.ErrSuperseded) {
 		t.Errorf("an advance backwards: %v, want ErrSuperseded", err)
 	}
@@ -181,7 +182,7 @@ func outcomes(t testing.TB, mode outbox.Mode, ids ...string) (checkpoint.Effects
 	items := []checkpoint.Item{{ID: []byte(ids[0]), Outcome: checkpoint.Stored, Sequence: 41}}
 	for _, id := range ids[1:] {
 		items = append(items, checkpoint.Item{ID: []byte(id), Outcome: checkpoint.Parked,
-			Detail: &outbox.Rejected{Event: outbox.Event{ID: []byte(id)}, Reason: "a reason"}})
+			Detail: &outbox.Rejected{Event: event.Event{ID: []byte(id)}, Reason: "a reason"}})
 	}
 	var recorded outbox.Recorded
 	table := outbox.Table{Schema: "public", Name: "events", Slot: "slot", Mode: mode}
@@ -203,7 +204,7 @@ func (b *bundle) rows() []string {
 	return append(ids, "absent")
 }
 
-var step = checkpoint.Advance{Position: checkpoint.Position{Commit: 200, Ordinal: 2}, Sequence: 41, MessageID: "m", Confirm: 210}
+var step = checkpoint.Advance{Position: event.Position{Commit: 200, Ordinal: 2}, Sequence: 41, MessageID: "m", Confirm: 210}
 
 // A relay that was superseded records nothing: not the checkpoint, not a row's
 // outcome, not a leftover, whether the row is free, locked or gone.
@@ -470,7 +471,7 @@ func TestGoBackByVeryMany(t *testing.T) {
 	cp, err := s.Read(t.Context())
 	b.must(err)
 	cp.Sequence = 5_000_000_000
-	b.must(s.GoBack(t.Context(), &cp, checkpoint.Earlier{Position: checkpoint.Position{Commit: 50}, Confirmed: 50, Sequence: 30}))
+	b.must(s.GoBack(t.Context(), &cp, checkpoint.Earlier{Position: event.Position{Commit: 50}, Confirmed: 50, Sequence: 30}))
 	back, err := s.Read(t.Context())
 	b.must(err)
 	if back.Bound != math.MaxInt32 || back.Sequence != 30 || cp.Bound != back.Bound {

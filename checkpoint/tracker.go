@@ -1,3 +1,8 @@
+// Package checkpoint decides which LSN may be confirmed to the slot, and keeps
+// the durable record of how far the stream has followed the outbox.
+//
+// The Tracker is pure: it follows events from the moment they are read to the
+// moment their outcome is recorded. The Store is the one row in Postgres.
 package checkpoint
 
 import (
@@ -5,6 +10,8 @@ import (
 	"sync"
 
 	"github.com/jackc/pglogrepl"
+
+	"outbox-relay/outbox/event"
 )
 
 // Outcome is what became of an event.
@@ -19,7 +26,7 @@ const (
 
 // Item is one event between being read and being recorded.
 type Item struct {
-	Position Position
+	Position event.Position
 	XID      uint32 // its transaction, as pgoutput's Begin gives it; 0: it was read from the table, so it is visible
 	ID       []byte // valid until the item's batch is recorded
 	Outcome  Outcome
@@ -67,7 +74,7 @@ func NewTracker(bound int, sequence uint64, safe pglogrepl.LSN) *Tracker {
 // Add appends an event and returns its index. It blocks while the tracker is
 // full: what is stored and not recorded stays bounded, and with it what a crash
 // leaves to be matched. id is copied.
-func (t *Tracker) Add(ctx context.Context, pos Position, xid uint32, id []byte) (uint64, error) {
+func (t *Tracker) Add(ctx context.Context, pos event.Position, xid uint32, id []byte) (uint64, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.len() >= t.bound {
@@ -138,11 +145,11 @@ func (t *Tracker) Ready() <-chan struct{} { return t.ready }
 
 // Batch is a prefix of events that may be recorded together.
 type Batch struct {
-	Items    []Item        // in commit order; empty where only Safe moved
-	Position Position      // of the last item
-	Sequence uint64        // the stream's sequence at exactly Position
-	Last     []byte        // id of the item at Sequence; nil where no item is stored
-	Safe     pglogrepl.LSN // confirmable once the batch is recorded
+	Items    []Item         // in commit order; empty where only Safe moved
+	Position event.Position // of the last item
+	Sequence uint64         // the stream's sequence at exactly Position
+	Last     []byte         // id of the item at Sequence; nil where no item is stored
+	Safe     pglogrepl.LSN  // confirmable once the batch is recorded
 }
 
 // Batch returns the longest recordable prefix of at most limit items (more

@@ -7,6 +7,7 @@ import (
 	"github.com/jackc/pglogrepl"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/outbox/event"
 )
 
 // tracked is a tracker on the way of so many events at once: added, stored, and
@@ -16,11 +17,11 @@ type tracked struct {
 	tb       testing.TB
 	ids      [][]byte
 	next     uint64 // sequence
-	position checkpoint.Position
+	position event.Position
 }
 
 func newTracked(tb testing.TB, events int) *tracked {
-	t := &tracked{Tracker: checkpoint.NewTracker(1<<16, 0, 1), tb: tb, position: checkpoint.Position{Commit: 1000}}
+	t := &tracked{Tracker: checkpoint.NewTracker(1<<16, 0, 1), tb: tb, position: event.Position{Commit: 1000}}
 	for i := range events {
 		t.ids = append(t.ids, fmt.Appendf(nil, "event_01M84GZK0V5X0J%012d", i))
 	}

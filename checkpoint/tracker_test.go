@@ -13,6 +13,7 @@ import (
 	"github.com/jackc/pglogrepl"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/outbox/event"
 )
 
 // model is the tracker as one would say it: all that ever happened, and sums
@@ -26,7 +27,7 @@ type model struct {
 }
 
 type modelItem struct {
-	pos     checkpoint.Position
+	pos     event.Position
 	xid     uint32
 	id      string
 	outcome checkpoint.Outcome
@@ -155,7 +156,7 @@ func (h *history) transaction() {
 		if len(h.model.items)-h.model.recorded >= h.bound {
 			return
 		}
-		pos := checkpoint.Position{Commit: h.lsn, Ordinal: uint64(i + 1)}
+		pos := event.Position{Commit: h.lsn, Ordinal: uint64(i + 1)}
 		id := []byte(fmt.Sprintf("e%d", len(h.model.items)))
 		index, err := h.tracker.Add(h.t.Context(), pos, xid, id)
 		if err != nil || index != uint64(len(h.model.items)) {
@@ -285,7 +286,7 @@ func (h *history) check() {
 
 func add(t *testing.T, tracker *checkpoint.Tracker, commit pglogrepl.LSN) uint64 {
 	t.Helper()
-	index, err := tracker.Add(t.Context(), checkpoint.Position{Commit: commit, Ordinal: 1}, 1, []byte("e"))
+	index, err := tracker.Add(t.Context(), event.Position{Commit: commit, Ordinal: 1}, 1, []byte("e"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -318,7 +319,7 @@ func TestAddWaitsAtTheBound(t *testing.T) {
 		add(t, tracker, 20)
 		var third uint64
 		done := waiting(t, func() (err error) {
-			third, err = tracker.Add(t.Context(), checkpoint.Position{Commit: 30, Ordinal: 1}, 1, []byte("e"))
+			third, err = tracker.Add(t.Context(), event.Position{Commit: 30, Ordinal: 1}, 1, []byte("e"))
 			return err
 		})
 		tracker.Stored(0, 1, true)
@@ -340,7 +341,7 @@ func TestWaitsEndWithTheirContext(t *testing.T) {
 		tracker := checkpoint.NewTracker(1, 0, 1)
 		first := add(t, tracker, 10)
 		adding := waiting(t, func() error {
-			_, err := tracker.Add(ctx, checkpoint.Position{Commit: 20, Ordinal: 1}, 1, []byte("e"))
+			_, err := tracker.Add(ctx, event.Position{Commit: 20, Ordinal: 1}, 1, []byte("e"))
 			return err
 		})
 		recording := waiting(t, func() error { return tracker.WaitRecorded(ctx, first) })

@@ -6,7 +6,7 @@ import (
 	"testing"
 
 	"outbox-relay/decoder"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // typical is an event as it comes out of the usual publication.
@@ -16,7 +16,7 @@ func typical(number int) []byte {
 }
 
 func benchmark(b *testing.B, messages [][]byte, events int) {
-	d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{}, event.Proof{})
 	decode(b, d, relation(table, usual...))
 	b.ReportAllocs()
 	at := uint64(1000)

@@ -14,7 +14,7 @@ import (
 	"github.com/jackc/pglogrepl"
 
 	"outbox-relay/internal/charset"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // Kind is what a message means to the outbox.
@@ -40,7 +40,7 @@ var ErrNoID = errors.New("the column of the id was renamed or not published")
 type Decoder struct {
 	// Event is the row of the last Insert. Its bytes point into the message, and
 	// those of a bytea payload into the decoder: they are valid until the next Insert.
-	Event outbox.Event
+	Event event.Event
 	// Missing names the columns that the event's Relation did not list,
 	// because the row was written before the publication was extended.
 	Missing []string
@@ -48,7 +48,7 @@ type Decoder struct {
 	// do. Its bytes that are no characters are then written as \x and two hex digits.
 	Defect string
 	// Request is what the last Request asks for.
-	Request outbox.Request
+	Request event.Request
 	// Stray says what is wrong with the last Stray.
 	Stray error
 	// End is where the transaction of the last Commit ends in WAL: the LSN to
@@ -57,14 +57,14 @@ type Decoder struct {
 
 	table     uint32 // OID of the outbox table (of its root, where partitioned)
 	prefix    string // of requests
-	proof     outbox.Proof
-	columns   outbox.Columns
+	proof     event.Proof
+	columns   event.Columns
 	relations map[uint32]*relation // of this session, also other tables': an Insert of none is malformed
 	open      bool                 // between Begin and Commit
 	ordinal   uint64
-	bytes     []byte         // of the last payload, where that is bytea
-	fields    []outbox.Field // of Event
-	text      []byte         // of the last Insert's values, as far as they were converted
+	bytes     []byte        // of the last payload, where that is bytea
+	fields    []event.Field // of Event
+	text      []byte        // of the last Insert's values, as far as they were converted
 
 	beginMsg  pglogrepl.BeginMessage // here, so that a transaction costs no allocation
 	commitMsg pglogrepl.CommitMessage
@@ -75,13 +75,13 @@ type Decoder struct {
 type relation struct {
 	slots   []*[]byte
 	missing []string
-	fields  []outbox.Field // of the columns that it does not list: NULL
+	fields  []event.Field // of the columns that it does not list: NULL
 }
 
 // New returns a decoder for the events of the table with that OID, and for the requests
 // that this proof takes.
-func New(table uint32, columns outbox.Columns, proof outbox.Proof) *Decoder {
-	d := &Decoder{table: table, prefix: outbox.RequestPrefix(table), proof: proof, columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
+func New(table uint32, columns event.Columns, proof event.Proof) *Decoder {
+	d := &Decoder{table: table, prefix: event.RequestPrefix(table), proof: proof, columns: columns, relations: map[uint32]*relation{}, bytes: []byte{}}
 	d.fields = columns.Fields(&d.Event)
 	return d
 }
@@ -180,7 +180,7 @@ func (d *Decoder) relation(data []byte) error {
 	return nil
 }
 
-func (r *relation) bind(columns []*pglogrepl.RelationMessageColumn, field outbox.Field, text charset.Charset) bool {
+func (r *relation) bind(columns []*pglogrepl.RelationMessageColumn, field event.Field, text charset.Charset) bool {
 	for i, column := range columns {
 		if text.Text(column.Name) == field.Name {
 			r.slots[i] = field.Value
@@ -305,7 +305,7 @@ func (d *Decoder) message(data []byte) (Kind, error) {
 	}
 	content, err := d.proof.Open(msg.Prefix, d.Event.XID, d.Event.Commit, msg.Content)
 	if err == nil {
-		d.Request, err = outbox.ParseRequest([]byte(d.columns.Charset.Text(string(content)))) // Postgres converts no message
+		d.Request, err = event.ParseRequest([]byte(d.columns.Charset.Text(string(content)))) // Postgres converts no message
 	}
 	if d.Stray = err; err != nil {
 		return Stray, nil

@@ -10,9 +10,8 @@ import (
 
 	"github.com/jackc/pglogrepl"
 
-	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 const (
@@ -42,7 +41,7 @@ func decode(t testing.TB, d *decoder.Decoder, messages ...[]byte) []decoder.Kind
 }
 
 // fields prints each of the event's columns, apart by what NULL and empty are.
-func fields(e *outbox.Event) string {
+func fields(e *event.Event) string {
 	show := func(v []byte) string {
 		if v == nil {
 			return "NULL"
@@ -74,7 +73,7 @@ func TestColumnsInAnyOrder(t *testing.T) {
 				columns = append(columns, fmt.Sprintf("more%d", n), usual[i]) // each behind one that nobody wants
 				values = append(values, text("not wanted"), row("e1")[i])
 			}
-			d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+			d := decoder.New(table, event.Columns{}, event.Proof{})
 			decode(t, d, relation(table, columns...), begin(10, 7), insert(table, values...))
 			if got := fields(&d.Event); got != rowFields {
 				t.Errorf("got  %s\nwant %s", got, rowFields)
@@ -87,7 +86,7 @@ func TestColumnsInAnyOrder(t *testing.T) {
 }
 
 func TestNullIsNotEmpty(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{Extra: []string{"tenant", "region"}}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{Extra: []string{"tenant", "region"}}, event.Proof{})
 	values := append(row("e1"), text(""), null())
 	values[3], values[6] = text(""), text("")
 	decode(t, d, relation(table, append(slices.Clone(usual), "tenant", "region")...), begin(10, 7), insert(table, values...))
@@ -105,7 +104,7 @@ func TestNullIsNotEmpty(t *testing.T) {
 
 // A payload of bytes is what Postgres's hex says; what is no hex is no bytea.
 func TestByteaPayload(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{Payload: "bytea"}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{Payload: "bytea"}, event.Proof{})
 	values := row("e1")
 	for i, c := range []struct{ text, want string }{{`\x`, ""}, {`\x00fF7b`, "\x00\xff{"}} {
 		at := pglogrepl.LSN(10 * (i + 1))
@@ -134,7 +133,7 @@ func TestByteaPayload(t *testing.T) {
 // A column that the publication lists only from some moment on is missing
 // before, and is NULL, not the last row's.
 func TestRelationIsExtended(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{Extra: []string{"tenant"}}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{Extra: []string{"tenant"}}, event.Proof{})
 	short := []string{"id", "version", "aggregate_type", "event_type", "payload", "status", "created_at"}
 	long := append(slices.Clone(usual), "tenant")
 	shortRow := func(id string) []byte {
@@ -167,7 +166,7 @@ func TestRelationIsExtended(t *testing.T) {
 
 // A table of the same name is not the outbox: the OID is.
 func TestRelationByOID(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{}, event.Proof{})
 	kinds := decode(t, d, relation(other, usual...), relation(table, usual...), begin(10, 7),
 		insert(other, row("not ours")...), insert(table, row("e1")...), insert(other, row("not ours")...), insert(table, row("e2")...))
 	want := []decoder.Kind{decoder.Nothing, decoder.Nothing, decoder.Nothing, decoder.Nothing, decoder.Insert, decoder.Nothing, decoder.Insert}
@@ -184,14 +183,14 @@ func TestRelationByOID(t *testing.T) {
 
 // The session sends the Relation again whenever it likes: ordinals count on.
 func TestPositions(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{}, event.Proof{})
 	in := func(want bool) {
 		t.Helper()
 		if d.InTransaction() != want {
 			t.Fatalf("in transaction: %v", !want)
 		}
 	}
-	position := func(want checkpoint.Position, xid uint32) {
+	position := func(want event.Position, xid uint32) {
 		t.Helper()
 		if d.Event.Position != want || d.Event.XID != xid {
 			t.Fatalf("position %v of transaction %d, want %v of %d", d.Event.Position, d.Event.XID, want, xid)
@@ -201,9 +200,9 @@ func TestPositions(t *testing.T) {
 	decode(t, d, begin(0x1_00000010, 7))
 	in(true)
 	decode(t, d, relation(table, usual...), insert(table, row("e1")...))
-	position(checkpoint.Position{Commit: 0x1_00000010, Ordinal: 1}, 7)
+	position(event.Position{Commit: 0x1_00000010, Ordinal: 1}, 7)
 	decode(t, d, relation(table, usual...), logical("any", "message"), typeOf(20000, "mood"), origin("elsewhere"), insert(table, row("e2")...))
-	position(checkpoint.Position{Commit: 0x1_00000010, Ordinal: 2}, 7)
+	position(event.Position{Commit: 0x1_00000010, Ordinal: 2}, 7)
 	if want := time.Date(2000, 1, 1, 0, 0, 1, 0, time.UTC); !d.Event.Commit.Equal(want) {
 		t.Errorf("committed at %s, want %s", d.Event.Commit, want)
 	}
@@ -215,7 +214,7 @@ func TestPositions(t *testing.T) {
 		t.Errorf("end %s: it is TransactionEndLSN, not the commit's own", d.End)
 	}
 	decode(t, d, begin(0x1_00000099, 0xFFFFFFFF), insert(table, row("e3")...))
-	position(checkpoint.Position{Commit: 0x1_00000099, Ordinal: 1}, 0xFFFFFFFF)
+	position(event.Position{Commit: 0x1_00000099, Ordinal: 1}, 0xFFFFFFFF)
 }
 
 // The messages are right one by one, and wrong in what they follow or hold.
@@ -264,7 +263,7 @@ func TestMalformed(t *testing.T) {
 		"logical message and more":    {ready, append(logical("any", "message"), 0)},
 	} {
 		t.Run(name, func(t *testing.T) {
-			d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+			d := decoder.New(table, event.Columns{}, event.Proof{})
 			decode(t, d, c.before...)
 			if kind, err := d.Decode(exact(c.message)); !errors.Is(err, decoder.ErrMalformed) || kind == decoder.Insert {
 				t.Errorf("kind %d, error %v: want ErrMalformed", kind, err)
@@ -292,7 +291,7 @@ func TestTruncated(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			for n := range len(c.message) {
-				d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+				d := decoder.New(table, event.Columns{}, event.Proof{})
 				decode(t, d, c.before...)
 				if _, err := d.Decode(exact(c.message[:n])); !errors.Is(err, decoder.ErrMalformed) {
 					t.Fatalf("cut at %d of %d bytes: %v, want ErrMalformed", n, len(c.message), err)
@@ -304,7 +303,7 @@ func TestTruncated(t *testing.T) {
 
 // One goroutine decodes for all: the heap must have no part in an event.
 func TestDecodingAllocatesNothing(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{Extra: []string{"tenant"}}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{Extra: []string{"tenant"}}, event.Proof{})
 	decode(t, d, relation(table, append(slices.Clone(usual), "tenant")...), relation(other, "id"))
 	transaction := [][]byte{begin(10, 7), insert(table, append(row("e1"), text("acme"))...), insert(other, text("x")),
 		insert(table, append(row("e2"), null())...), commit(10, 20)}
@@ -329,7 +328,7 @@ func TestDecodingAllocatesNothing(t *testing.T) {
 // A Relation of the outbox without the id is no malformed one: somebody renamed
 // the column, or took it out of the publication.
 func TestRelationWithoutID(t *testing.T) {
-	d := decoder.New(table, outbox.Columns{}, outbox.Proof{})
+	d := decoder.New(table, event.Columns{}, event.Proof{})
 	if _, err := d.Decode(relation(table, usual[1:]...)); !errors.Is(err, decoder.ErrNoID) {
 		t.Errorf("got %v, want ErrNoID", err)
 	}

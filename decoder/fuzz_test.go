@@ -8,9 +8,8 @@ import (
 
 	"github.com/jackc/pglogrepl"
 
-	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // FuzzDecode feeds a session: each message behind its length in two bytes. It
@@ -30,7 +29,7 @@ func FuzzDecode(f *testing.F) {
 	f.Add(s.table, pack(all))
 	f.Add(uint32(table), pack([][]byte{relation(table, usual...), begin(10, 7), insert(table, row("e1")...), commit(10, 20)}))
 	f.Fuzz(func(t *testing.T, table uint32, packed []byte) {
-		d := decoder.New(table, sessionColumns, outbox.Proof{})
+		d := decoder.New(table, sessionColumns, event.Proof{})
 		reference := reader{table: table}
 		messages := unpack(packed)
 		accepted := 0
@@ -64,7 +63,7 @@ func requireNamed(t testing.TB, m []byte, kind decoder.Kind, err error) {
 func requireShorterFails(t testing.TB, table uint32, messages [][]byte) {
 	t.Helper()
 	last := len(messages) - 1
-	d := decoder.New(table, sessionColumns, outbox.Proof{})
+	d := decoder.New(table, sessionColumns, event.Proof{})
 	decode(t, d, messages[:last]...)
 	m := messages[last]
 	if kind, err := d.Decode(exact(m[:len(m)-1])); !errors.Is(err, decoder.ErrMalformed) || kind == decoder.Insert {
@@ -122,7 +121,7 @@ func (r *reader) checkEvent(t testing.TB, d *decoder.Decoder, msg *pglogrepl.Ins
 		t.Fatal("an event outside a transaction")
 	}
 	e := &d.Event
-	want := checkpoint.Position{Commit: r.begin.FinalLSN, Ordinal: r.inserted}
+	want := event.Position{Commit: r.begin.FinalLSN, Ordinal: r.inserted}
 	if e.Position != want || e.XID != r.begin.Xid || !e.Commit.Equal(r.begin.CommitTime) {
 		t.Fatalf("position %s of transaction %d at %s, want %s of %+v", e.Position, e.XID, e.Commit, want, r.begin)
 	}

@@ -20,7 +20,7 @@ import (
 	"outbox-relay/decoder"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/migrations"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/replication"
 )
 
@@ -33,7 +33,7 @@ type session struct {
 }
 
 // sessionColumns are those of the captured sessions.
-var sessionColumns = outbox.Columns{Extra: []string{"tenant"}}
+var sessionColumns = event.Columns{Extra: []string{"tenant"}}
 
 // history is what happened while a session was captured. Each statement is a
 // transaction, and the last one inserts the event "last".
@@ -156,7 +156,7 @@ func (r *recorder) Lost(error)                          {}
 func (s session) dump(t testing.TB) (events []string, all string) {
 	t.Helper()
 	var out strings.Builder
-	d := decoder.New(s.table, sessionColumns, outbox.Proof{})
+	d := decoder.New(s.table, sessionColumns, event.Proof{})
 	for i, m := range s.messages {
 		kind, err := d.Decode(exact(m))
 		if err != nil {
@@ -187,7 +187,7 @@ func TestLiveSession(t *testing.T) {
 	}
 	var want []string
 	for rows.Next() {
-		var e outbox.Event
+		var e event.Event
 		var dest []any
 		for _, field := range sessionColumns.Fields(&e) {
 			dest = append(dest, field.Value)
@@ -237,7 +237,7 @@ func TestGoldenSessionTruncated(t *testing.T) {
 	s := golden(t)
 	for i, m := range s.messages {
 		for n := range len(m) {
-			d := decoder.New(s.table, sessionColumns, outbox.Proof{})
+			d := decoder.New(s.table, sessionColumns, event.Proof{})
 			decode(t, d, s.prefix(i)...)
 			if kind, err := d.Decode(exact(m[:n])); !errors.Is(err, decoder.ErrMalformed) || kind == decoder.Insert {
 				t.Fatalf("message %d, cut at %d of %d bytes: kind %d, %v, want ErrMalformed", i, n, len(m), kind, err)
@@ -280,7 +280,7 @@ func TestGoldenSessionFlipped(t *testing.T) {
 // and counts the events.
 func (s session) replay(t *testing.T, i int, other []byte) (events int, err error) {
 	t.Helper()
-	d := decoder.New(s.table, sessionColumns, outbox.Proof{})
+	d := decoder.New(s.table, sessionColumns, event.Proof{})
 	reference := reader{table: s.table}
 	for _, m := range slices.Concat(s.prefix(i), [][]byte{other}, s.messages[i+1:]) {
 		kind, err := d.Decode(exact(m))

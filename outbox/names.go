@@ -10,6 +10,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/internal/fault"
+	"outbox-relay/outbox/event"
 )
 
 // Names without double quotes fold to lower case, in the relay's variables as in SQL. What
@@ -46,8 +47,8 @@ func (l Layout) otherCase(name string) string {
 
 // rewrite says how the name of one of the missing columns is written; empty: none of them is
 // there in another case.
-func (c Columns) rewrite(missing []string, l Layout) string {
-	for _, field := range c.Fields(&Event{}) {
+func rewrite(c event.Columns, missing []string, l Layout) string {
+	for _, field := range c.Fields(&event.Event{}) {
 		other := l.otherCase(field.Name)
 		switch {
 		case other == "" || !slices.Contains(missing, field.Name) || field.Usual == "status" || field.Usual == "version":
@@ -73,7 +74,7 @@ func (t Table) CheckBefore(ctx context.Context, conn *pgx.Conn) error {
 		return t.Absent(ctx, conn)
 	}
 	missing := l.Lacks(t.Columns.Required())
-	if remedy := t.Columns.rewrite(missing, l); remedy != "" {
+	if remedy := rewrite(t.Columns, missing, l); remedy != "" {
 		return &fault.Error{What: fmt.Sprintf("table %s has no column %s", t, strings.Join(missing, ", ")), Remedy: remedy}
 	}
 	return cmp.Or(t.checkGenerated(c), t.checkPadding(c))
@@ -83,7 +84,7 @@ func (t Table) CheckBefore(ctx context.Context, conn *pgx.Conn) error {
 // send: virtual ones never, stored ones from 18 on, where the publication lists them.
 // Source: https://www.postgresql.org/docs/18/logical-replication-gencols.html
 func (t Table) checkGenerated(c catalog) error {
-	for _, field := range t.Columns.Fields(&Event{}) {
+	for _, field := range t.Columns.Fields(&event.Event{}) {
 		if !c.unsent[field.Name] {
 			continue
 		}

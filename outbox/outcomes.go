@@ -10,12 +10,13 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"outbox-relay/checkpoint"
+	"outbox-relay/outbox/event"
 )
 
 // Rejected is an event that can never be stored, and why. The event is a copy:
 // it is kept whole where its row is gone.
 type Rejected struct {
-	Event  Event
+	Event  event.Event
 	Reason string
 }
 
@@ -54,7 +55,7 @@ func (t Table) Outcomes(items []checkpoint.Item, r *Recorded) (checkpoint.Effect
 		case item.Outcome == checkpoint.Skipped:
 		case item.Outcome == checkpoint.Parked:
 			rejected := item.Detail.(*Rejected)
-			whole, err := rejected.Event.whole(t.Columns)
+			whole, err := whole(&rejected.Event, t.Columns)
 			if err != nil {
 				return checkpoint.Effects{}, err
 			}
@@ -158,7 +159,7 @@ func (t Table) Held(items []checkpoint.Item) (checkpoint.Effects, error) {
 			continue
 		case item.Outcome == checkpoint.Parked:
 			rejected := item.Detail.(*Rejected)
-			whole, err := rejected.Event.whole(t.Columns)
+			whole, err := whole(&rejected.Event, t.Columns)
 			if err != nil {
 				return checkpoint.Effects{}, err
 			}
@@ -264,7 +265,7 @@ const maxKept = 32 << 20
 // whole returns the event as a JSON object of its columns. A payload of another type
 // than jsonb, or one that did not convert, is a string, to the letter; bytea is in hex, as Postgres writes it.
 // What is larger than maxKept is left out; "left_out" then has its size in bytes.
-func (e *Event) whole(columns Columns) (string, error) {
+func whole(e *event.Event, columns event.Columns) (string, error) {
 	object := map[string]any{"commit_lsn": e.Position.Commit.String(), "ordinal": e.Position.Ordinal}
 	leftOut := map[string]int{}
 	for _, field := range columns.Fields(e) {

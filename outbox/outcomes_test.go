@@ -11,6 +11,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // What is larger than Postgres takes as one value is left out of what is kept: no row keeps
@@ -21,7 +22,7 @@ func TestLargePayloadIsNotKept(t *testing.T) {
 		b := setup(t)
 		b.table.Columns.Payload = payload
 		s := b.claimed()
-		e := outbox.Event{ID: []byte("gone"), EventType: []byte("created"), Payload: []byte(text)}
+		e := event.Event{ID: []byte("gone"), EventType: []byte("created"), Payload: []byte(text)}
 		effects, err := b.table.Held([]checkpoint.Item{{ID: e.ID, Outcome: checkpoint.Parked, Detail: &outbox.Rejected{Event: e, Reason: "too large"}}})
 		b.must(err)
 		b.must(s.Guarded(t.Context(), effects))
@@ -67,7 +68,7 @@ func stored(id string) checkpoint.Item {
 }
 
 func parked(id, reason string) checkpoint.Item {
-	e := outbox.Event{Position: checkpoint.Position{Commit: 0x1_00000002, Ordinal: 3}, ID: []byte(id), Version: []byte("0"),
+	e := event.Event{Position: event.Position{Commit: 0x1_00000002, Ordinal: 3}, ID: []byte(id), Version: []byte("0"),
 		EventType: []byte(`of "type"`), Payload: []byte(`{"n": 12345678901234567890}`), Headers: []byte(`{"a": 1}`)}
 	return checkpoint.Item{ID: []byte(id), Outcome: checkpoint.Parked, Detail: &outbox.Rejected{Event: e, Reason: reason}}
 }
@@ -78,7 +79,7 @@ func (b *bundle) record(s *checkpoint.Store, items ...checkpoint.Item) outbox.Re
 	var recorded outbox.Recorded
 	effects, err := b.table.Outcomes(items, &recorded)
 	b.must(err)
-	b.must(s.Advance(b.Context(), checkpoint.Advance{Position: checkpoint.Position{Commit: 9, Ordinal: 1}}, effects))
+	b.must(s.Advance(b.Context(), checkpoint.Advance{Position: event.Position{Commit: 9, Ordinal: 1}}, effects))
 	return recorded
 }
 

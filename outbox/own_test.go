@@ -11,6 +11,7 @@ import (
 	"outbox-relay/checkpoint"
 	"outbox-relay/migrations"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // In an outbox of the application's own, with uuids for ids, rows are found by the
@@ -28,10 +29,10 @@ func TestOwnOutboxIsFoundByIndex(t *testing.T) {
 	for i := range 100 {
 		id := fmt.Append(nil, "stored ", i)
 		items = append(items, checkpoint.Item{Outcome: checkpoint.Stored, ID: id},
-			checkpoint.Item{Outcome: checkpoint.Parked, ID: id, Detail: &outbox.Rejected{Event: outbox.Event{ID: id, Payload: []byte("1")}}})
+			checkpoint.Item{Outcome: checkpoint.Parked, ID: id, Detail: &outbox.Rejected{Event: event.Event{ID: id, Payload: []byte("1")}}})
 	}
 	for _, mode := range []outbox.Mode{outbox.Mark, outbox.Delete} {
-		table := outbox.Table{Schema: "public", Name: "own", Slot: "slot", Mode: mode, Columns: outbox.Columns{Names: names}}
+		table := outbox.Table{Schema: "public", Name: "own", Slot: "slot", Mode: mode, Columns: event.Columns{Names: names}}
 		effects, err := table.Outcomes(items, &outbox.Recorded{})
 		b.must(err)
 		leftovers := table.WriteLeftovers([]outbox.Leftover{{ID: "stored 1", Outcome: "published"}}, &outbox.LeftoversWritten{})

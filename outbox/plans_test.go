@@ -13,6 +13,7 @@ import (
 	"outbox-relay/internal/testenv"
 	"outbox-relay/migrations"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // What a statement may do for each row of its batch, however large the table is and
@@ -113,7 +114,7 @@ func planned(t *testing.T, l layout) *plans {
 	b.must(err)
 	t.Cleanup(func() { b.relay.Close(context.Background()) })
 	b.table = outbox.Table{Schema: "public", Name: l.target.Table, Publication: "outbox_relay", Slot: "slot", Mode: outbox.Mark,
-		Columns: outbox.Columns{Names: l.target.Names}}
+		Columns: event.Columns{Names: l.target.Names}}
 	found, err := b.table.ReadLayout(t.Context(), b.relay)
 	b.must(err)
 	b.table = b.table.As(found)

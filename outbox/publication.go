@@ -189,7 +189,7 @@ func (t Table) columnsFault(p publicationFacts) error {
 	}
 	// A list that has something else in the place of a column that may be missing
 	// was made before that was renamed: the message would come without it.
-	strange, unlisted := t.Columns.strange(p.listed), have.Lacks(t.Columns.names(false))
+	strange, unlisted := t.Columns.Unknown(p.listed), have.Lacks(t.Columns.Optional())
 	if p.chosen && len(strange) > 0 && len(unlisted) > 0 {
 		return t.migrateFault(fmt.Sprintf("lists column %s, and not %s, which the message takes", strings.Join(strange, ", "), strings.Join(unlisted, ", ")),
 			fmt.Sprintf("if it was renamed, give it its name back; else add %s to the table and run `outbox-relay migrate`", strings.Join(unlisted, ", ")))

@@ -9,6 +9,7 @@ import (
 	"outbox-relay/internal/fault"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // fingerprint is what the relay compares before each confirmation.
@@ -246,7 +247,7 @@ func TestFill(t *testing.T) {
 	b.table.Columns.Extra = []string{"Tenant Name", "n"}
 	id := get[string](b, `insert into events (aggregate_type, event_type, payload, aggregate_id, headers, "Tenant Name", n)
 		values ('a', 'b', '{}', '', '{"b": "2", "a":  "1"}', null, 1.50) returning id`)
-	e := outbox.Event{ID: []byte(id), EventType: []byte("as it was")}
+	e := event.Event{ID: []byte(id), EventType: []byte("as it was")}
 	b.must(b.table.Fill(t.Context(), b.relay, &e, []string{"headers", "aggregate_id", "n", "Tenant Name"}))
 	if string(e.Headers) != `{"a": "1", "b": "2"}` || e.AggregateID == nil || len(e.AggregateID) > 0 || e.Extra[0] != nil || string(e.Extra[1]) != "1.50" {
 		t.Errorf("filled %q, %q, %q", e.Headers, e.AggregateID, e.Extra)
@@ -281,8 +282,8 @@ func TestHasPending(t *testing.T) {
 // A copy is its own: the next event in the same buffer changes the copy, and
 // nothing else does.
 func TestCopyTo(t *testing.T) {
-	source := outbox.Event{ID: []byte("id"), Payload: []byte("payload"), AggregateID: []byte{}, Extra: [][]byte{[]byte("x"), nil}}
-	var copied outbox.Event
+	source := event.Event{ID: []byte("id"), Payload: []byte("payload"), AggregateID: []byte{}, Extra: [][]byte{[]byte("x"), nil}}
+	var copied event.Event
 	source.CopyTo(&copied, nil)
 	for _, v := range [][]byte{source.ID, source.Payload, source.Extra[0]} {
 		clear(v)

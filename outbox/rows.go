@@ -8,13 +8,15 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+
+	"outbox-relay/outbox/event"
 )
 
 // Row is a row as it stands in the table: what is published from there, and not
 // from WAL.
 type Row struct {
-	Event    Event // in memory of its own, without a position
-	Attempts int   // retried_attempts
+	Event    event.Event // in memory of its own, without a position
+	Attempts int         // retried_attempts
 	// Unprintable is why Postgres can't send the row, of whose event then only id and
 	// status are known; empty: it can.
 	Unprintable string
@@ -161,7 +163,7 @@ func (t Table) scanRow(r pgx.CollectableRow) (*Row, error) {
 // table lacks are NULL.
 func (t Table) values(layout Layout) string {
 	var list []string
-	for _, field := range t.Columns.Fields(&Event{}) {
+	for _, field := range t.Columns.Fields(&event.Event{}) {
 		if layout.Columns[field.Name] {
 			list = append(list, t.value("e", field))
 		} else {

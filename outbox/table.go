@@ -13,6 +13,7 @@ import (
 
 	"outbox-relay/internal/charset"
 	"outbox-relay/internal/fault"
+	"outbox-relay/outbox/event"
 )
 
 // Mode is what happens to a row once its event is in the stream.
@@ -31,7 +32,7 @@ type Table struct {
 	Publication  string
 	Slot         string // whose leftovers are meant
 	Mode         Mode
-	Columns      Columns
+	Columns      event.Columns
 	// ByTime says that the table is partitioned by range of created_at, a timestamptz:
 	// an id that tells when it was made then tells the partition. Layout says it.
 	ByTime bool
@@ -60,7 +61,7 @@ type Layout struct {
 	ID      string          // the type of the id, as Columns has it
 	ByTime  bool            // see Table
 	Charset charset.Charset // of the database's text
-	Proof   Proof           // of requests: Inspect reads it
+	Proof   event.Proof     // of requests: Inspect reads it
 }
 
 // Inspect reads the layout and checks that the relay can work with the table;
@@ -90,7 +91,7 @@ func (t Table) ReadLayout(ctx context.Context, conn *pgx.Conn) (Layout, error) {
 	}
 	if missing := l.Lacks(t.Columns.Required()); len(missing) > 0 {
 		return l, &fault.Error{What: fmt.Sprintf("table %s has no column %s", t, strings.Join(missing, ", ")),
-			Remedy: cmp.Or(t.Columns.rewrite(missing, l), t.Columns.remedy(missing)), SQL: t.addColumns(missing, l)}
+			Remedy: cmp.Or(rewrite(t.Columns, missing, l), remedy(t.Columns, missing)), SQL: t.addColumns(missing, l)}
 	}
 	l.Payload = c.types[t.Columns.Name("payload")]
 	return l, cmp.Or(t.checkGenerated(c), t.checkPadding(c), t.checkTypes(c.types))
@@ -295,7 +296,7 @@ var ErrNoRow = errors.New("the row is gone")
 // Fill reads the named columns of the event's row, which its Relation did not
 // list since it was written before the publication was extended. The values are
 // new memory. ErrNoRow if the application has deleted the row.
-func (t Table) Fill(ctx context.Context, conn *pgx.Conn, e *Event, names []string) error {
+func (t Table) Fill(ctx context.Context, conn *pgx.Conn, e *event.Event, names []string) error {
 	var list []string
 	var dest []any
 	for _, field := range t.Columns.Fields(e) {

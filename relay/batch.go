@@ -5,6 +5,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/sink"
 )
 
@@ -14,7 +15,7 @@ const batchBytes = 16 << 20
 // request takes a request to publish rows from the table. In the order of
 // commits it is one event: all before it is recorded first, and it before all
 // that follows.
-func (p *pipeline) request(end checkpoint.Position, xid uint32, r outbox.Request) error {
+func (p *pipeline) request(end event.Position, xid uint32, r event.Request) error {
 	if err := p.turn(); err != nil {
 		return err
 	}
@@ -76,7 +77,7 @@ func (p *pipeline) stray(err error) {
 }
 
 // pass lets the checkpoint move past a request that has nothing to publish.
-func (p *pipeline) pass(end checkpoint.Position, xid uint32) error {
+func (p *pipeline) pass(end event.Position, xid uint32) error {
 	index, err := p.tracker.Add(p.ctx, end, xid, nil)
 	if err != nil {
 		return err
@@ -158,7 +159,7 @@ func (p *pipeline) nextRows(ids []string) (rows map[string]*outbox.Row, n int, e
 // row publishes the row at one place of a batch. One that has gone, or changed its state, since
 // it was announced is passed over, like a parked event.
 func (p *pipeline) row(b checkpoint.TableBatch, place int, row *outbox.Row) error {
-	index, err := p.tracker.Add(p.ctx, p.at, 0, []byte(outbox.MessageID(b.IDs[place], b.Run)))
+	index, err := p.tracker.Add(p.ctx, p.at, 0, []byte(event.MessageID(b.IDs[place], b.Run)))
 	if err != nil {
 		return err
 	}
@@ -184,10 +185,10 @@ func (p *pipeline) row(b checkpoint.TableBatch, place int, row *outbox.Row) erro
 
 // position is what the message says. A row that does not come out of the slot has
 // no LSN.
-func (p *pipeline) position(b checkpoint.TableBatch, place int) checkpoint.Position {
+func (p *pipeline) position(b checkpoint.TableBatch, place int) event.Position {
 	if b.Source == checkpoint.Backfill {
 		p.number++
-		return checkpoint.Position{Ordinal: p.number}
+		return event.Position{Ordinal: p.number}
 	}
-	return checkpoint.Position{Commit: b.End.Commit, Ordinal: b.End.Ordinal - uint64(len(b.IDs)-1-place)}
+	return event.Position{Commit: b.End.Commit, Ordinal: b.End.Ordinal - uint64(len(b.IDs)-1-place)}
 }

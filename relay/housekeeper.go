@@ -18,6 +18,7 @@ import (
 	"outbox-relay/internal/repeat"
 	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // Housekeeping is what the relay does to the table beside publishing. The zero
@@ -61,7 +62,7 @@ func newHousekeepingMetrics(counter func(name, help string) prometheus.Counter) 
 // limits tells what can be sent: sink.Chain does.
 type limits interface {
 	Refresh(context.Context) error // asks for the limits as they are now
-	Fits(*outbox.Event) error      // nil: by the limits of the last answer it can be sent
+	Fits(*event.Event) error       // nil: by the limits of the last answer it can be sent
 }
 
 // housekeeper keeps the table while the relay streams, on a connection of its

@@ -19,6 +19,7 @@ import (
 	"outbox-relay/internal/testenv"
 	"outbox-relay/migrations"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/sink"
 )
 
@@ -46,7 +47,7 @@ func (l *fakeLimits) Refresh(context.Context) error {
 	return l.err
 }
 
-func (l *fakeLimits) Fits(e *outbox.Event) error {
+func (l *fakeLimits) Fits(e *event.Event) error {
 	l.looked = append(l.looked, string(e.ID))
 	if l.tooLarge[string(e.ID)] {
 		return &sink.RejectedError{Reason: "too large"}

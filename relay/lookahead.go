@@ -9,8 +9,8 @@ import (
 
 	"github.com/jackc/pglogrepl"
 
-	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
+	"outbox-relay/outbox/event"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -87,7 +87,7 @@ func (l *lookahead) Keepalive(walEnd pglogrepl.LSN, _ bool) error {
 
 // collector collects the ids of the first events behind a position.
 type collector struct {
-	after  checkpoint.Position
+	after  event.Position
 	left   pglogrepl.LSN // events from here on were not there to be published; 0: all were
 	limit  int
 	enough func(id string) bool // all that is wanted is found

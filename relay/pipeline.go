@@ -12,6 +12,7 @@ import (
 	"outbox-relay/checkpoint"
 	"outbox-relay/decoder"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/sink"
 )
 
@@ -27,8 +28,8 @@ type pipeline struct {
 	recorder *recorder
 	chain    *sink.Chain
 
-	after       checkpoint.Position   // the checkpoint: events up to it are done
-	at          checkpoint.Position   // of the last event that was added to the tracker
+	after       event.Position        // the checkpoint: events up to it are done
+	at          event.Position        // of the last event that was added to the tracker
 	batch       checkpoint.TableBatch // what an earlier session has left of one
 	due         bool                  // the batch, or the backfill, comes before the next event
 	backfilling bool                  // the backfill does
@@ -138,7 +139,7 @@ func (p *pipeline) Idle() { p.chain.Flush() }
 func (p *pipeline) Lost(err error) { p.stop(err) }
 
 // event takes one insert.
-func (p *pipeline) event(e *outbox.Event) error {
+func (p *pipeline) event(e *event.Event) error {
 	if err := p.turn(); err != nil {
 		return err
 	}
@@ -169,7 +170,7 @@ func (p *pipeline) event(e *outbox.Event) error {
 }
 
 // send publishes the event, once the parked one before it is recorded.
-func (p *pipeline) send(index uint64, e *outbox.Event) error {
+func (p *pipeline) send(index uint64, e *event.Event) error {
 	if err := p.awaitParked(); err != nil {
 		return err
 	}
@@ -192,7 +193,7 @@ func (p *pipeline) awaitParked() error {
 
 // pending reports whether the insert is an event. One whose status was not
 // published, since the column had another name then, is.
-func pending(e *outbox.Event) bool { return e.Status == nil || string(e.Status) == "pending" }
+func pending(e *event.Event) bool { return e.Status == nil || string(e.Status) == "pending" }
 
 // known takes an event that was found in the stream. It returns false for others,
 // also for one that was overtaken there, and is still to be sent.
@@ -222,7 +223,7 @@ func (p *pipeline) blurs(index uint64) bool {
 
 // fill reads from its row what an event lacks that was written before the
 // publication was extended. Columns that the table lacks too are NULL.
-func (p *pipeline) fill(e *outbox.Event) error {
+func (p *pipeline) fill(e *event.Event) error {
 	if len(p.decoder.Missing) == 0 {
 		return nil
 	}
@@ -251,7 +252,7 @@ func (p *pipeline) fill(e *outbox.Event) error {
 // rejected parks the event if err says that it can never be stored. What
 // follows it is sent only once that is recorded: no parked event ever lies
 // between the checkpoint and what is stored.
-func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
+func (p *pipeline) rejected(index uint64, e *event.Event, err error) error {
 	if err == nil {
 		return nil // here, since what errors.As is given is allocated for every event
 	}
@@ -273,7 +274,7 @@ func (p *pipeline) rejected(index uint64, e *outbox.Event, err error) error {
 // not in the stream, is recorded.
 func (p *pipeline) fence(index uint64) { p.parked, p.barrier = index, true }
 
-func (p *pipeline) park(ctx context.Context, index uint64, e *outbox.Event, reason string) error {
+func (p *pipeline) park(ctx context.Context, index uint64, e *event.Event, reason string) error {
 	if p.source == checkpoint.Replay {
 		p.tracker.Skip(index)
 		p.log.Warn("an event can't be published once more", "id", string(e.ID), "run", e.Run, "reason", reason)
@@ -299,7 +300,7 @@ func (p *pipeline) park(ctx context.Context, index uint64, e *outbox.Event, reas
 
 // halts reports whether the relay stops before the event. What was parked by hand
 // is passed, and what failed before and was asked for again fails again.
-func (p *pipeline) halts(ctx context.Context, e *outbox.Event) (halt bool, err error) {
+func (p *pipeline) halts(ctx context.Context, e *event.Event) (halt bool, err error) {
 	if !p.relay.config.Halt || p.source == checkpoint.Retry {
 		return false, nil
 	}
@@ -312,7 +313,7 @@ func (p *pipeline) halts(ctx context.Context, e *outbox.Event) (halt bool, err e
 }
 
 // Stored implements sink.Outcomes.
-func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, sent, answered time.Time) {
+func (p *pipeline) Stored(index, sequence uint64, stop bool, e *event.Event, sent, answered time.Time) {
 	p.tracker.Stored(index, sequence, stop && !p.blurs(index))
 	m := p.relay.metrics
 	c := m.types.of(e.AggregateType)
@@ -333,7 +334,7 @@ func (p *pipeline) Stored(index, sequence uint64, stop bool, e *outbox.Event, se
 }
 
 // Rejected implements sink.Outcomes.
-func (p *pipeline) Rejected(ctx context.Context, index uint64, e *outbox.Event, reason string) error {
+func (p *pipeline) Rejected(ctx context.Context, index uint64, e *event.Event, reason string) error {
 	if err := p.park(ctx, index, e, reason); err != nil {
 		return err
 	}

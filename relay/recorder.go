@@ -15,6 +15,7 @@ import (
 	"outbox-relay/decoder"
 	"outbox-relay/internal/wait"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/replication"
 )
 
@@ -38,7 +39,7 @@ type recorder struct {
 	reader  *replication.Session
 	want    string // fingerprint of the publication
 
-	position  checkpoint.Position   // of the checkpoint
+	position  event.Position        // of the checkpoint
 	batch     checkpoint.TableBatch // what is published from the table at present, or was last
 	confirm   pglogrepl.LSN         // C: the highest LSN that the checkpoint names
 	ownEnd    pglogrepl.LSN         // where WAL ended after our last write; 0: not seen yet

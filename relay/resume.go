@@ -13,6 +13,7 @@ import (
 	"outbox-relay/decoder"
 	"outbox-relay/internal/fault"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/replication"
 	"outbox-relay/sink"
 )
@@ -34,7 +35,7 @@ func (s *session) resume(ctx context.Context) (origin, error) {
 		s.relay.unclean.Store(cp.Bound > 0)
 	}
 	if cp.Phase == checkpoint.Creating { // nothing was read from the slot yet
-		cp.Position = checkpoint.Position{Commit: from.reader.Confirmed()}
+		cp.Position = event.Position{Commit: from.reader.Confirmed()}
 		cp.Confirmed = from.reader.Confirmed()
 		cp.Phase = checkpoint.Backfilling
 		if !s.relay.config.Backfill {
@@ -109,7 +110,7 @@ func (s *session) match(ctx context.Context, from *origin, end pglogrepl.LSN) er
 func batchEvents(b checkpoint.TableBatch) sink.Events {
 	events := sink.Events{Old: len(b.Left())}
 	for _, id := range b.Left() {
-		events.IDs = append(events.IDs, outbox.MessageID(id, b.Run))
+		events.IDs = append(events.IDs, event.MessageID(id, b.Run))
 	}
 	return events
 }

@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"time"
 
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/sink"
 )
 
@@ -17,7 +17,7 @@ type Tracer interface {
 // Done is an event that the stream has acknowledged, or that was parked. What is
 // of the event is valid during the call.
 type Done struct {
-	Event    *outbox.Event
+	Event    *event.Event
 	Subject  string
 	Stream   string
 	Sequence uint64    // in the stream; 0: it was parked
@@ -29,7 +29,7 @@ type Done struct {
 var traceparent = []byte(`"traceparent"`)
 
 // trace tells the tracer, if there is one.
-func (p *pipeline) trace(e *outbox.Event, sequence uint64, sent, at time.Time, reason string) {
+func (p *pipeline) trace(e *event.Event, sequence uint64, sent, at time.Time, reason string) {
 	tracer := p.relay.config.Tracer
 	if tracer == nil || !bytes.Contains(e.Headers, traceparent) {
 		return

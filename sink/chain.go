@@ -12,7 +12,7 @@ import (
 	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nuid"
 
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // ErrForgotten says that the stream ends before what it has acknowledged, or
@@ -35,11 +35,11 @@ type Outcomes interface {
 	// foreign message let events overtake each other. e is valid until it
 	// returns; sent is when the copy that was answered left, zero where the
 	// event was found in the stream, and answered when its answer came.
-	Stored(index, sequence uint64, stop bool, e *outbox.Event, sent, answered time.Time)
+	Stored(index, sequence uint64, stop bool, e *event.Event, sent, answered time.Time)
 	// Rejected is called when the server says that it can never store the
 	// event, with all before it stored. It returns when the event may be left
 	// behind; an error ends the chain. e is valid until it returns.
-	Rejected(ctx context.Context, index uint64, e *outbox.Event, reason string) error
+	Rejected(ctx context.Context, index uint64, e *event.Event, reason string) error
 	// Foreign is called before the chain passes over messages of others.
 	Foreign(ctx context.Context, messages int) error
 	// Resync is called when the chain breaks, with why.
@@ -104,7 +104,7 @@ type Chain struct {
 // entry is an event in the window.
 type entry struct {
 	index    uint64 // the outcomes' name for it
-	event    outbox.Event
+	event    event.Event
 	size     int
 	sequence uint64 // at which it must be, or is, stored
 	sent     time.Time
@@ -238,7 +238,7 @@ func (ch *Chain) begin(err error) {
 // Publish sends the event; its outcome comes later. It blocks while the window
 // is full or the chain is broken. A *RejectedError says that no message can
 // carry the event: nothing was sent. e is copied.
-func (ch *Chain) Publish(ctx context.Context, index uint64, e *outbox.Event) error {
+func (ch *Chain) Publish(ctx context.Context, index uint64, e *event.Event) error {
 	size := e.Size()
 	for {
 		if err := ch.room(ctx, size); err != nil {
@@ -256,7 +256,7 @@ func (ch *Chain) Publish(ctx context.Context, index uint64, e *outbox.Event) err
 }
 
 // publish sends the event unless the chain broke meanwhile.
-func (ch *Chain) publish(index uint64, e *outbox.Event, size int) (sent bool, err error) {
+func (ch *Chain) publish(index uint64, e *event.Event, size int) (sent bool, err error) {
 	if err := ch.builder.build(e, ch.limit); err != nil {
 		return false, err
 	}
@@ -353,7 +353,7 @@ func (ch *Chain) takeConfig(stream Stream) {
 
 // Fits returns a *RejectedError where no message can carry the event as the limits
 // are now. Safe for concurrent use.
-func (ch *Chain) Fits(e *outbox.Event) error {
+func (ch *Chain) Fits(e *event.Event) error {
 	ch.mu.Lock()
 	limit := ch.limit
 	ch.mu.Unlock()
@@ -423,7 +423,7 @@ func (ch *Chain) lockSending(ctx context.Context) error {
 }
 
 // append adds a copy of the event to the window. ch.mu is held.
-func (ch *Chain) append(index uint64, e *outbox.Event, size int) uint64 {
+func (ch *Chain) append(index uint64, e *event.Event, size int) uint64 {
 	if int(ch.tail-ch.head) == len(ch.ring) {
 		ch.grow()
 	}
@@ -637,7 +637,7 @@ func (ch *Chain) release(en *entry) {
 	ch.unanswered -= en.copies
 	ch.bytes -= en.size
 	clear(en.event.Extra) // nothing keeps the memory that the event pointed into
-	*en = entry{event: outbox.Event{Extra: en.event.Extra}}
+	*en = entry{event: event.Event{Extra: en.event.Extra}}
 	ch.memory.release()
 	ch.head++
 	for len(ch.lots) > 0 && ch.lots[0].end <= ch.head && ch.lots[0].generation != ch.generation {

@@ -16,16 +16,16 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/internal/testenv"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // indifferent takes every outcome.
 type indifferent struct{}
 
-func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time, time.Time) {}
-func (indifferent) Rejected(context.Context, uint64, *outbox.Event, string) error    { return nil }
-func (indifferent) Foreign(context.Context, int) error                               { return nil }
-func (indifferent) Resync(Reason)                                                    {}
+func (indifferent) Stored(uint64, uint64, bool, *event.Event, time.Time, time.Time) {}
+func (indifferent) Rejected(context.Context, uint64, *event.Event, string) error    { return nil }
+func (indifferent) Foreign(context.Context, int) error                              { return nil }
+func (indifferent) Resync(Reason)                                                   {}
 
 // chainConfig is that of a chain whose stream the relay makes.
 func chainConfig(server string, replicas int) Config {
@@ -58,7 +58,7 @@ func TestNothingIsLeftToTheNextChain(t *testing.T) {
 	client := connectTo(t, chainConfig(server.URL(), 1))
 
 	first, stop := runChain(t, client, Heritage{}, indifferent{})
-	e := event()
+	e := sample()
 	e.ID = []byte("unwritten")
 	if err := first.Publish(t.Context(), 0, e); err != nil {
 		t.Fatal(err)
@@ -121,7 +121,7 @@ func TestLateCopiesThatAreGone(t *testing.T) {
 			if err := stream.DeleteMsg(t.Context(), 1); err != nil {
 				t.Fatal(err)
 			}
-			e := event()
+			e := sample()
 			e.Position.Commit = 70
 			if err := chain.Publish(t.Context(), 5, e); err != nil {
 				t.Fatal(err)
@@ -165,7 +165,7 @@ func TestSubjectsOfAcks(t *testing.T) {
 			}
 			chain, stop := runChain(t, client, Heritage{}, indifferent{})
 			for i := range uint64(events) {
-				e := event()
+				e := sample()
 				e.ID = fmt.Appendf(nil, "event_%d", i)
 				if err := chain.Publish(t.Context(), i, e); err != nil {
 					t.Fatal(err)
@@ -208,13 +208,13 @@ type settled struct {
 	stored, rejected []uint64
 }
 
-func (s *settled) Stored(index, _ uint64, _ bool, _ *outbox.Event, _, _ time.Time) {
+func (s *settled) Stored(index, _ uint64, _ bool, _ *event.Event, _, _ time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.stored = append(s.stored, index)
 }
 
-func (s *settled) Rejected(_ context.Context, index uint64, _ *outbox.Event, _ string) error {
+func (s *settled) Rejected(_ context.Context, index uint64, _ *event.Event, _ string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rejected = append(s.rejected, index)
@@ -243,7 +243,7 @@ func TestTheRefusedEventIsFound(t *testing.T) {
 	tooLarge := []uint64{7, 8, 31}
 	var want []uint64
 	for i := range uint64(50) {
-		e := event()
+		e := sample()
 		e.ID = fmt.Appendf(nil, "event_%d", i)
 		if slices.Contains(tooLarge, i) {
 			e.Payload = fmt.Appendf(nil, `"%03000d"`, i)
@@ -317,7 +317,7 @@ func TestNamelessAnswers(t *testing.T) {
 			chain.broken = nil
 			for i := range uint64(3) {
 				chain.mu.Lock()
-				e := event()
+				e := sample()
 				chain.place(chain.append(i, e, e.Size()), time.Now())
 				chain.mu.Unlock()
 			}
@@ -388,8 +388,8 @@ func TestLateAnswers(t *testing.T) {
 	begin := func() (first, second reply) { // a window of two events, to be stored at 1 and 2
 		r = resyncer{Chain: client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})}
 		r.broken = nil
-		first, _ = r.place(r.append(0, event(), event().Size()), time.Now())
-		second, _ = r.place(r.append(1, event(), event().Size()), time.Now())
+		first, _ = r.place(r.append(0, sample(), sample().Size()), time.Now())
+		second, _ = r.place(r.append(1, sample(), sample().Size()), time.Now())
 		return first, second
 	}
 
@@ -426,7 +426,7 @@ func TestLateAnswers(t *testing.T) {
 	first, _ = sendAgain()
 	sendAgain()
 	answer(first, good(1))
-	if tail := r.unknown([]message{{sequence: 1, gone: true}}); tail[0].gone || tail[0].id != string(event().ID) {
+	if tail := r.unknown([]message{{sequence: 1, gone: true}}); tail[0].gone || tail[0].id != string(sample().ID) {
 		t.Errorf("message 1 is not the event's: %+v", tail[0])
 	}
 }
@@ -444,7 +444,7 @@ func TestStreamMadeUnfit(t *testing.T) {
 	chain.lookEvery = 10 * time.Millisecond
 	ended := make(chan error, 1)
 	go func() { ended <- chain.Run(t.Context()) }()
-	if err := chain.Publish(t.Context(), 0, event()); err != nil {
+	if err := chain.Publish(t.Context(), 0, sample()); err != nil {
 		t.Fatal(err)
 	}
 	if err := chain.Drain(t.Context()); err != nil {
@@ -505,7 +505,7 @@ func TestAnswersOfAnotherDomain(t *testing.T) {
 	chain := client.NewChain(Origin{Stream: stream, Message: client.config.Message}, indifferent{})
 	ended := make(chan error, 1)
 	go func() { ended <- chain.Run(t.Context()) }()
-	if err := chain.Publish(t.Context(), 0, event()); err != nil {
+	if err := chain.Publish(t.Context(), 0, sample()); err != nil {
 		t.Fatal(err)
 	}
 	chain.Flush()

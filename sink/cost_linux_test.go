@@ -19,7 +19,7 @@ import (
 	"outbox-relay/internal/lsn"
 	"outbox-relay/internal/testenv"
 	"outbox-relay/migrations"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/replication"
 )
 
@@ -30,8 +30,8 @@ var modes = []struct {
 }{{"minimal", false}, {"cloudevents", true}}
 
 // typical is an event of 200 bytes of payload.
-func typical() *outbox.Event {
-	e := event()
+func typical() *event.Event {
+	e := sample()
 	e.ID, e.AggregateID = []byte("event_01M84GZK0V5X0J000000000000"), []byte("order-42")
 	e.Payload = fmt.Appendf(nil, `{"line": 1, "text": "%0160d"}`, 0)
 	return e
@@ -165,7 +165,7 @@ func (l *backlog) readByRelay() time.Duration {
 	l.must(err)
 	ctx, stop := context.WithCancel(l.Context())
 	defer stop()
-	builder := &discardingSink{decoder: decoder.New(table, outbox.Columns{}, outbox.Proof{}), builder: newBuilder(messageConfig), left: l.events, done: stop}
+	builder := &discardingSink{decoder: decoder.New(table, event.Columns{}, event.Proof{}), builder: newBuilder(messageConfig), left: l.events, done: stop}
 	if err := session.Run(ctx, builder); !errors.Is(err, replication.ErrStopped) {
 		l.Fatal(err)
 	}

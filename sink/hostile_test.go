@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 var plainByte = regexp.MustCompile(`^[A-Za-z0-9_-]$`)
@@ -70,7 +70,7 @@ func FuzzHostileEvent(f *testing.F) {
 		f.Add("order", "created", "7", "0", headers, "")
 	}
 	f.Fuzz(func(t *testing.T, aggregateType, eventType, aggregateID, version, headers, payload string) {
-		e := event()
+		e := sample()
 		e.AggregateType, e.EventType, e.AggregateID, e.Version = []byte(aggregateType), []byte(eventType), []byte(aggregateID), []byte(version)
 		e.Payload, e.Headers = []byte(payload), nil
 		if headers != "" {
@@ -94,7 +94,7 @@ func FuzzHostileEvent(f *testing.F) {
 }
 
 // requireExactly sends the event, and requires that nothing but its message arrives.
-func requireExactly(t *testing.T, server *echo, e *outbox.Event, given map[string]string) {
+func requireExactly(t *testing.T, server *echo, e *event.Event, given map[string]string) {
 	t.Helper()
 	through := *server
 	through.TB = t

@@ -29,7 +29,7 @@ func TestLateCopiesOnAWorkQueue(t *testing.T) {
 	chain, stop := runChain(t, client, Heritage{}, outcomes)
 	publish := func(from, to uint64) {
 		for i := from; i < to; i++ {
-			e := event()
+			e := sample()
 			e.ID = fmt.Appendf(nil, "event_%d", i)
 			if err := chain.Publish(t.Context(), i, e); err != nil {
 				t.Fatal(err)

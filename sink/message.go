@@ -11,7 +11,7 @@ import (
 
 	"github.com/jackc/pglogrepl"
 
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // Token is one token of the subject: a literal, or a column whose value
@@ -24,7 +24,7 @@ type MessageConfig struct {
 	CloudEvents bool   // beside the minimal headers
 	Source      string // of the CloudEvents
 	Timeline    int32  // for Outbox-Position
-	Columns     outbox.Columns
+	Columns     event.Columns
 }
 
 // Limits of what a server takes. Sources: nats-server, server/const.go
@@ -53,7 +53,7 @@ type builder struct {
 	config   MessageConfig
 	columns  []*[]byte // of event, where the subject's tokens come from
 	constant []byte    // header lines of every message
-	event    outbox.Event
+	event    event.Event
 	subject  []byte
 	headers  []byte // lines, but for the expected sequence
 }
@@ -81,7 +81,7 @@ func (c MessageConfig) contentType() string {
 // build makes the event's message but for its reply subject and expected
 // sequence. A *RejectedError says that no message can carry the event; limit
 // is the largest message that the server and the stream take, in bytes.
-func (b *builder) build(e *outbox.Event, limit int) error {
+func (b *builder) build(e *event.Event, limit int) error {
 	b.reset(e)
 	// Whoever reads a header trims blanks and tabs, so the id would be another.
 	if !legalValue(e.ID) || len(e.ID) == 0 || len(bytes.Trim(e.ID, " \t")) != len(e.ID) {
@@ -101,7 +101,7 @@ func (b *builder) build(e *outbox.Event, limit int) error {
 	return b.checkSize(limit)
 }
 
-func (b *builder) reset(e *outbox.Event) {
+func (b *builder) reset(e *event.Event) {
 	b.subject, b.headers = b.subject[:0], b.headers[:0]
 	extra := b.event.Extra
 	b.event = *e

@@ -15,10 +15,9 @@ import (
 	"github.com/jackc/pglogrepl"
 	"github.com/nats-io/nats.go"
 
-	"outbox-relay/checkpoint"
 	"outbox-relay/internal/lsn"
 	"outbox-relay/internal/testenv"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 var messageConfig = MessageConfig{
@@ -28,9 +27,9 @@ var messageConfig = MessageConfig{
 	Timeline:    3,
 }
 
-func event() *outbox.Event {
-	return &outbox.Event{
-		Position: checkpoint.Position{Commit: 0x1_00ABCDE0, Ordinal: 7},
+func sample() *event.Event {
+	return &event.Event{
+		Position: event.Position{Commit: 0x1_00ABCDE0, Ordinal: 7},
 		ID:       []byte("event_01"), Version: []byte("0"), AggregateType: []byte("order"), EventType: []byte("created"),
 		Payload: []byte(`{"n": 12345678901234567890}`), Status: []byte("pending"), CreatedAt: []byte("2026-01-02 03:04:05.6789+00"),
 	}
@@ -127,7 +126,7 @@ func newEcho(t testing.TB) *echo {
 
 // send returns what arrives of an event: the headers but for the expected
 // sequence, which it checks.
-func (e *echo) send(config MessageConfig, event *outbox.Event) *nats.Msg {
+func (e *echo) send(config MessageConfig, event *event.Event) *nats.Msg {
 	e.Helper()
 	b := newBuilder(config)
 	if err := b.build(event, anyLimit); err != nil {
@@ -173,7 +172,7 @@ func requireHeaders(t *testing.T, got nats.Header, want map[string]string) {
 func TestMessageArrives(t *testing.T) {
 	e := newEcho(t)
 	t.Run("cloud events", func(t *testing.T) {
-		event := event()
+		event := sample()
 		event.AggregateID = []byte(`o "7" %ü`)
 		event.EventType = []byte("order.created\n")
 		event.Headers = []byte(`{"traceparent": "00-4bf9-01", "X-Name": "  Ä \u00e9 \t: x ", "empty": ""}`)
@@ -195,7 +194,7 @@ func TestMessageArrives(t *testing.T) {
 	t.Run("minimal", func(t *testing.T) {
 		config := messageConfig
 		config.CloudEvents = false
-		event := event()
+		event := sample()
 		event.Payload = nil
 		msg := e.send(config, event)
 		requireHeaders(t, msg.Header, map[string]string{"Nats-Msg-Id": "event_01", "Outbox-Position": "3/1/ABCDE0/7"})
@@ -204,8 +203,8 @@ func TestMessageArrives(t *testing.T) {
 		}
 	})
 	t.Run("long tokens", func(t *testing.T) {
-		config := MessageConfig{Subject: []Token{{Literal: "events"}, {Column: "tenant"}}, Columns: outbox.Columns{Extra: []string{"tenant"}}}
-		event := event()
+		config := MessageConfig{Subject: []Token{{Literal: "events"}, {Column: "tenant"}}, Columns: event.Columns{Extra: []string{"tenant"}}}
+		event := sample()
 		event.Extra = [][]byte{[]byte(strings.Repeat("ö", 300))}
 		msg := e.send(config, event)
 		requireHeaders(t, msg.Header, map[string]string{"Nats-Msg-Id": "event_01", "Outbox-Position": "0/1/ABCDE0/7",
@@ -216,7 +215,7 @@ func TestMessageArrives(t *testing.T) {
 	})
 	t.Run("NULL and a big one", func(t *testing.T) {
 		config := MessageConfig{Subject: []Token{{Literal: "events"}, {Column: "aggregate_id"}, {Literal: "x"}}}
-		event := event()
+		event := sample()
 		event.Payload = bytes.Repeat([]byte("0123456789abcdef"), 60_000)
 		msg := e.send(config, event)
 		if msg.Subject != "events.=.x" || !bytes.Equal(msg.Data, event.Payload) {
@@ -243,7 +242,7 @@ func TestTimes(t *testing.T) {
 		"02/01/2026 03:04:05.000000 UTC+00": "",
 	} {
 		b := newBuilder(messageConfig)
-		e := event()
+		e := sample()
 		e.CreatedAt = []byte(value)
 		if err := b.build(e, anyLimit); err != nil {
 			t.Fatal(err)
@@ -264,13 +263,13 @@ func TestTimes(t *testing.T) {
 
 // Whatever no message can carry is refused before it is sent, with a reason.
 func TestRejections(t *testing.T) {
-	headers := func(object string) func(*outbox.Event) {
-		return func(e *outbox.Event) { e.Headers = []byte(object) }
+	headers := func(object string) func(*event.Event) {
+		return func(e *event.Event) { e.Headers = []byte(object) }
 	}
-	id := func(id string) func(*outbox.Event) { return func(e *outbox.Event) { e.ID = []byte(id) } }
+	id := func(id string) func(*event.Event) { return func(e *event.Event) { e.ID = []byte(id) } }
 	for _, c := range []struct {
 		name   string
-		change func(*outbox.Event)
+		change func(*event.Event)
 		want   string // of the reason; empty: accepted
 	}{
 		{"no headers", headers(`{}`), ""},
@@ -308,7 +307,7 @@ func TestRejections(t *testing.T) {
 		{"an id that is a tab", id("\t"), "the id"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			e := event()
+			e := sample()
 			c.change(e)
 			requireRejection(t, newBuilder(messageConfig).build(e, anyLimit), c.want)
 		})
@@ -332,7 +331,7 @@ func TestSizes(t *testing.T) {
 	e := newEcho(t)
 	whole := func(b *builder) int { return len(b.appendPublish(nil, nil, ^uint64(0))) }
 	t.Run("headers", func(t *testing.T) {
-		event := event()
+		event := sample()
 		pad := func(n int) { event.Headers = []byte(`{"pad": "` + strings.Repeat("p", n) + `"}`) }
 		pad(0)
 		b := newBuilder(messageConfig)
@@ -347,7 +346,7 @@ func TestSizes(t *testing.T) {
 	})
 	t.Run("message", func(t *testing.T) {
 		limit := int(e.client.nc.MaxPayload())
-		event := event()
+		event := sample()
 		b := newBuilder(messageConfig)
 		event.Payload = nil
 		if err := b.build(event, limit); err != nil {
@@ -369,7 +368,7 @@ func TestSizes(t *testing.T) {
 			config.Subject = append(config.Subject, Token{Column: name})
 			extra = append(extra, bytes.Repeat([]byte("x"), 1000))
 		}
-		event := event()
+		event := sample()
 		event.Extra = extra
 		e.send(config, event) // 3,722 bytes
 		config.Subject = append(config.Subject, Token{Literal: strings.Repeat("y", 200)})
@@ -385,16 +384,16 @@ func TestBuilderForgets(t *testing.T) {
 	config := messageConfig
 	config.Subject = append(config.Subject[:1:1], Token{Column: "tenant"})
 	config.Columns.Extra = []string{"tenant"}
-	rich := event()
+	rich := sample()
 	rich.Extra, rich.AggregateID, rich.Headers = [][]byte{[]byte(strings.Repeat("t", 500))}, []byte("a"), []byte(`{"k": "v"}`)
-	poor := event()
+	poor := sample()
 	poor.Extra = [][]byte{nil}
 	b := newBuilder(config)
 	if err := b.build(poor, anyLimit); err != nil {
 		t.Fatal(err)
 	}
 	want := b.appendPublish(nil, []byte("r"), 1)
-	for _, e := range []*outbox.Event{rich, poor} {
+	for _, e := range []*event.Event{rich, poor} {
 		if err := b.build(e, anyLimit); err != nil {
 			t.Fatal(err)
 		}
@@ -406,7 +405,7 @@ func TestBuilderForgets(t *testing.T) {
 
 func TestBuildingAllocatesNothing(t *testing.T) {
 	b := newBuilder(messageConfig)
-	e := event()
+	e := sample()
 	e.AggregateID = []byte("order 7")
 	var out []byte
 	allocations := testing.AllocsPerRun(1000, func() {
@@ -432,8 +431,8 @@ func FuzzMessage(f *testing.F) {
 	f.Fuzz(func(t *testing.T, timeline int32, commit, ordinal, sequence uint64, id, kind string, payload []byte) {
 		config := messageConfig
 		config.Timeline = timeline
-		e := event()
-		e.Position = checkpoint.Position{Commit: pglogrepl.LSN(commit), Ordinal: ordinal}
+		e := sample()
+		e.Position = event.Position{Commit: pglogrepl.LSN(commit), Ordinal: ordinal}
 		e.ID, e.EventType, e.Payload = []byte(id), []byte(kind), payload
 		b := newBuilder(config)
 		if err := b.build(e, anyLimit); err != nil {

@@ -74,7 +74,7 @@ func TestReasons(t *testing.T) {
 			b.must(err)
 			meddle(b)
 			for i := range events[want] {
-				b.must(chain.Publish(t.Context(), i, event()))
+				b.must(chain.Publish(t.Context(), i, sample()))
 			}
 			chain.Flush()
 			if got := <-outcomes.reasons; got != want {

@@ -16,9 +16,8 @@ import (
 	"github.com/jackc/pglogrepl"
 	"golang.org/x/sync/errgroup"
 
-	"outbox-relay/checkpoint"
 	"outbox-relay/internal/pgserver/child"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/sink"
 )
 
@@ -123,13 +122,13 @@ func (b *broker) publishRaw(ctx context.Context, w Workload) (float64, error) {
 
 func publishAll(ctx context.Context, chain *sink.Chain, w Workload) error {
 	payload := fmt.Appendf(nil, `{"text": "%s"}`, bytes.Repeat([]byte{'x'}, max(0, w.Payload-12)))
-	e := outbox.Event{
+	e := event.Event{
 		Version: []byte("0"), AggregateType: []byte("order"), AggregateID: []byte("order-42"), EventType: []byte("created"),
 		Status: []byte("pending"), CreatedAt: []byte("2026-11-24 12:00:00.123456+00"), Payload: payload,
 	}
 	for i := range w.Events {
 		e.ID = fmt.Appendf(e.ID[:0], "event_01M84GZK0V5X0J%012d", i)
-		e.Position = checkpoint.Position{Commit: pglogrepl.LSN(1 + i/w.PerTransaction), Ordinal: uint64(1 + i%w.PerTransaction)}
+		e.Position = event.Position{Commit: pglogrepl.LSN(1 + i/w.PerTransaction), Ordinal: uint64(1 + i%w.PerTransaction)}
 		if err := chain.Publish(ctx, uint64(i), &e); err != nil {
 			return err
 		}
@@ -142,8 +141,8 @@ func publishAll(ctx context.Context, chain *sink.Chain, w Workload) error {
 // reason for.
 type indifferent struct{}
 
-func (indifferent) Stored(uint64, uint64, bool, *outbox.Event, time.Time, time.Time) {}
-func (indifferent) Rejected(_ context.Context, _ uint64, _ *outbox.Event, reason string) error {
+func (indifferent) Stored(uint64, uint64, bool, *event.Event, time.Time, time.Time) {}
+func (indifferent) Rejected(_ context.Context, _ uint64, _ *event.Event, reason string) error {
 	return errors.New(reason)
 }
 func (indifferent) Foreign(context.Context, int) error { return errors.New("messages of others") }

@@ -11,6 +11,7 @@ import (
 
 	"outbox-relay/checkpoint"
 	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 )
 
 // variant is a way to record, and what the table is like.
@@ -135,7 +136,7 @@ func recordEvents(ctx context.Context, store *checkpoint.Store, table outbox.Tab
 	if err != nil {
 		return err
 	}
-	position := checkpoint.Position{Commit: 1, Ordinal: uint64((batch + 1) * len(ids))}
+	position := event.Position{Commit: 1, Ordinal: uint64((batch + 1) * len(ids))}
 	if err := store.Advance(ctx, checkpoint.Advance{Position: position, Sequence: position.Ordinal}, effects); err != nil {
 		return err
 	}

@@ -20,7 +20,7 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"outbox-relay/decoder"
-	"outbox-relay/outbox"
+	"outbox-relay/outbox/event"
 	"outbox-relay/replication"
 )
 
@@ -99,7 +99,7 @@ func (r *relay) start(ctx context.Context) (*replication.Session, error) {
 	if err := r.sql.QueryRow(ctx, `select 'events'::regclass::oid`).Scan(&table); err != nil {
 		return nil, err
 	}
-	r.decoder = decoder.New(table, outbox.Columns{}, outbox.Proof{})
+	r.decoder = decoder.New(table, event.Columns{}, event.Proof{})
 	slot, err := r.conn.CreateSlot(ctx, r.slot, false)
 	if err != nil {
 		return nil, err

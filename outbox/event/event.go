@@ -1,17 +1,13 @@
-// Package outbox knows the outbox table: the event that a row is, and all SQL
-// on the table and its publication.
-package outbox
+package event
 
 import (
 	"time"
-
-	"outbox-relay/checkpoint"
 )
 
 // Event is one inserted row. Its byte slices are the text that Postgres sent,
 // nil for NULL; who hands an event on says how long they are valid.
 type Event struct {
-	Position checkpoint.Position
+	Position Position
 	XID      uint32    // of the inserting transaction
 	Commit   time.Time // when it committed, by Postgres's clock
 

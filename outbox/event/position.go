@@ -1,9 +1,7 @@
-// Package checkpoint decides which LSN may be confirmed to the slot, and keeps
-// the durable record of how far the stream has followed the outbox.
-//
-// The Tracker is pure: it follows events from the moment they are read to the
-// moment their outcome is recorded. The Store is the one row in Postgres.
-package checkpoint
+// Package event is an outbox event: the row as Postgres sent it, its place in the order of
+// commits, which of a table's columns make it, and requests to publish some again. It does
+// no I/O and keeps no state; whoever hands an event on says how long it is valid.
+package event
 
 import (
 	"cmp"
